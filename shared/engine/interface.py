@@ -1,0 +1,129 @@
+"""The engine interface: ragged batches of sequences in, logits out; rollback by starting at an earlier position.
+
+An engine owns `n_slots` KV caches ("slots"), each holding one sequence of up to `n_ctx` tokens, and computes one
+forward pass at a time. It is single-threaded: one thread creates it and calls it. Which session sits in which slot,
+and what to do with a slot's cached prefix, is the caller's business (`shared/engine/slots.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to build an engine.
+
+    engine: "auto" (ik where installed, else numpy), "ik", "numpy" or "null" (benchmarks of the pipeline).
+    model: path of a GGUF (the first file of a split one), or "embedded:target" / "embedded:draft".
+    n_ctx: tokens per slot; 0 takes the model's own context length, at most 4096.
+    n_slots: sequences held at a time.
+    n_batch: most rows of one forward pass.
+    threads: CPU threads; 0 takes the physical cores, at most 8.
+    flash_attention: off by default: with it, ik's logits depend on the batch.
+    cache_type_k, cache_type_v: KV cache types, "f16", "q8_0" or "q4_0" (a quantized V needs flash attention).
+    n_gpu_layers, n_cpu_moe, override_tensors ("regex=CPU"): as in llama-server, for CUDA builds of ik.
+    """
+
+    engine: str = "auto"
+    model: str = "embedded:target"
+    n_ctx: int = 0
+    n_slots: int = 4
+    n_batch: int = 512
+    threads: int = 0
+    flash_attention: bool = False
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    n_gpu_layers: int = 0
+    n_cpu_moe: int = 0
+    override_tensors: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine runs and promises.
+
+    vocab_fingerprint: see `shared.model.gguf.vocabulary_fingerprint`; draft and target must agree.
+    row_invariant: a row's logits are bitwise the same alone and in any batch (DESIGN.md section 3).
+    """
+
+    engine: str
+    model: str
+    architecture: str
+    n_vocab: int
+    n_ctx: int
+    n_slots: int
+    n_batch: int
+    vocab_fingerprint: str
+    row_invariant: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one slot's sequence in a forward pass.
+
+    start: position of tokens[0]; at most the slot's length. What the slot holds at `start` and after is dropped
+        first, so a rollback is a chunk that starts earlier.
+    tokens: [n] int32, n >= 1.
+    rows: how many of the last tokens' logits are wanted, 0 <= rows <= n.
+    """
+
+    slot: int
+    start: int
+    tokens: Int32
+    rows: int
+
+
+class Logits(Protocol):
+    """The wanted rows of one forward pass, in the order of chunks and of tokens in a chunk.
+
+    Valid until the engine's next call. `top` breaks ties by the lower token id and sorts by descending logit.
+    """
+
+    @property
+    def n_rows(self) -> int: ...
+
+    @property
+    def n_vocab(self) -> int: ...
+
+    def top(self, k: int) -> tuple[Int32, Float32]:
+        """The k largest logits of every row: ids [n_rows, k] int32, logits [n_rows, k] float32."""
+
+    def log_sum_exp(self) -> npt.NDArray[np.float64]:
+        """log(sum(exp(logits))) over the whole vocabulary: [n_rows] float64. Each row's value depends on it alone."""
+
+    def gather(self, row: int, ids: Int32) -> Float32:
+        """The logits of the given token ids in one row: [len(ids)] float32."""
+
+    def dense(self, row: int) -> Float32:
+        """One whole row: [n_vocab] float32, a view that must not be written to."""
+
+
+class Engine(Protocol):
+    """See the module's docstring. Errors: `EngineError` for a batch that breaks the rules below."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def forward(self, chunks: Sequence[Chunk]) -> Logits:
+        """One forward pass. At most one chunk per slot; at most `n_batch` tokens in all."""
+
+    def length(self, slot: int) -> int:
+        """How many tokens the slot's cache holds."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Drop what the slot holds at `length` and after; 0 clears it."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Make slot `target` hold the first `length` tokens of slot `source`, without computing them."""
+
+    def close(self) -> None:
+        """Free the model and the caches; the engine must not be used afterwards."""

@@ -1,0 +1,509 @@
+"""Every message that crosses a socket.
+
+A message is a frozen dataclass; its fields' annotations (with `Range` and `Array` marks) are its schema, from which
+`shared/wire.py` builds the codec and the validation. Verbs ask, nouns answer. Token runs of a few entries travel in
+the header; prompts and logits travel as arrays in frames of their own.
+
+Positions count tokens of a session from the first prompt token, 0. Times are microseconds unless named otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.fields import Array, Range
+from shared.sampling.params import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+MAX_CONTEXT = 1 << 20
+MAX_RUN = 64
+"""Most tokens in one proposal, and most proposals verified in one step of a session."""
+MAX_STEP_SESSIONS = 256
+MAX_TEXT = 8 << 20
+
+U32 = Annotated[int, Range(0, 2**32 - 1)]
+U64 = Annotated[int, Range(0, 2**64 - 1)]
+Token = Annotated[int, Range(0, 2**31 - 1)]
+Position = Annotated[int, Range(0, MAX_CONTEXT)]
+Micros = Annotated[int, Range(0, 2**53)]
+Name = Annotated[str, Range(0, 200)]
+Sentence = Annotated[str, Range(0, 4000)]
+Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
+TokenArray = Annotated[npt.NDArray[np.int32], Array("int32", 1, MAX_CONTEXT)]
+IdArray = Annotated[npt.NDArray[np.int32], Array("int32", 1, 1 << 24)]
+FloatArray = Annotated[npt.NDArray[np.float32], Array("float32", 1, 1 << 24)]
+DoubleArray = Annotated[npt.NDArray[np.float64], Array("float64", 1, 1 << 20)]
+IdRows = Annotated[npt.NDArray[np.int32], Array("int32", 2, 1 << 24)]
+FloatRows = Annotated[npt.NDArray[np.float32], Array("float32", 2, 1 << 26)]
+
+Role = Literal["gateway", "verifier", "draft", "cli"]
+FinishReason = Literal["", "stop", "length", "cancelled"]
+"""Why a generation ended; empty while it goes on."""
+
+_NO_IDS = np.empty(0, np.int32)
+_NO_FLOATS = np.empty(0, np.float32)
+
+
+# --- Any peer <-> the one it talks to ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Peer -> router: who is there. Sent on start and again whenever the router does not know the peer.
+
+    instance: the peer's own name, unique in its role. boot: a random number drawn at process start.
+    vocab_fingerprint: of its engine's vocabulary; empty where the peer has none (gateway, n-gram drafts).
+    n_slots: sessions that it can hold.
+    """
+
+    role: Role
+    instance: Name
+    boot: U64
+    engine: Name = ""
+    model: Name = ""
+    vocab_fingerprint: Name = ""
+    n_vocab: U32 = 0
+    n_ctx: Position = 0
+    n_slots: U32 = 0
+    row_invariant: bool = False
+    version: Name = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Router -> peer: registered. A changed `boot` means that the router has forgotten all sessions."""
+
+    boot: U64
+    heartbeat_ms: U32
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Router -> peer, every heartbeat. sent_ns: the router's monotonic clock, to be returned as it is."""
+
+    sent_ns: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Peer -> router: answer to Ping."""
+
+    sent_ns: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    """Peer -> router: it is draining; no new sessions, and those it has may finish."""
+
+    reason: Name
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Answer to any message that cannot be served.
+
+    ref: the request or session that it belongs to; 0 where the message could not even be read.
+    code: a stable snake_case word; message and remedy are for people.
+    retry_after_s: 0 where trying again does not help.
+    """
+
+    ref: U64
+    code: Name
+    message: Sentence
+    remedy: Sentence = ""
+    retry_after_s: U32 = 0
+
+
+# --- Gateway <-> tokenizer --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    """Gateway -> tokenizer: what vocabulary is this?"""
+
+    ref: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Tokenizer -> gateway. eog_ids: tokens that end a generation. chat_template: Jinja source, or empty."""
+
+    ref: U64
+    model: Name
+    vocab_fingerprint: Name
+    n_vocab: U32
+    n_ctx_train: U32
+    eog_ids: Annotated[tuple[Token, ...], Range(0, 256)]
+    chat_template: Annotated[str, Range(0, 1 << 20)] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Encode:
+    """Gateway -> tokenizer: text to token ids. parse_special: control tokens written in the text count as such."""
+
+    ref: U64
+    text: Annotated[str, Range(0, MAX_TEXT)]
+    parse_special: bool = True
+    add_bos: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokenizer -> gateway. tokens: [n] int32."""
+
+    ref: U64
+    tokens: TokenArray
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Gateway -> tokenizer: the next tokens of a stream to text.
+
+    carry: what the previous `Decoded` of this stream returned (bytes of an unfinished character).
+    first: these are the stream's first tokens. last: flush the carry. special: render control tokens too.
+    """
+
+    ref: U64
+    tokens: TokenArray
+    carry: Annotated[bytes, Range(0, 64)] = b""
+    first: bool = False
+    last: bool = False
+    special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """Tokenizer -> gateway. pieces: the text that each token completed, in order; joined, the stream's next text."""
+
+    ref: U64
+    pieces: Annotated[tuple[str, ...], Range(0, MAX_CONTEXT + 1)]
+    carry: Annotated[bytes, Range(0, 64)]
+
+
+# --- Gateway <-> router -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a generation ends: after max_tokens tokens, or with one of stop_tokens."""
+
+    max_tokens: Annotated[int, Range(1, MAX_CONTEXT)]
+    stop_tokens: Annotated[tuple[Token, ...], Range(0, 256)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """draft: "auto", "none", or a draft worker's instance name. n_max: most proposals verified in a step."""
+
+    draft: Name = "auto"
+    n_max: Annotated[int, Range(0, MAX_RUN)] = MAX_RUN
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    """Gateway -> router: continue this prompt. request: unique for the gateway. tokens: [n] int32, n >= 1."""
+
+    request: U64
+    tokens: TokenArray
+    sampling: SamplingParams
+    limits: Limits
+    speculation: Speculation = field(default_factory=Speculation)
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Gateway -> router: stop this generation; answered by `Finished`."""
+
+    request: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Router -> gateway: committed tokens, in order. The first n_accepted of them were proposed by the draft."""
+
+    request: U64
+    tokens: Run
+    n_accepted: Annotated[int, Range(0, MAX_RUN + 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetStats:
+    """One generation as the verifier saw it.
+
+    rounds: steps with rows of this session after prefill. n_proposed, n_accepted: proposals verified and accepted.
+    by_depth: for each depth (proposed, accepted). n_cached: prompt tokens that were not computed again.
+    prefill_us, verify_us: in the target engine. sample_us: in the sampler. wire_us: the exchange with the sampler
+    beyond that. wait_us: the rest of the time between first commit and end. full_rows: rows that had to travel whole.
+    n_stale: proposed tokens that came too late to be verified.
+    """
+
+    n_prompt: Position = 0
+    n_cached: Position = 0
+    n_generated: Position = 0
+    rounds: U32 = 0
+    n_proposed: U32 = 0
+    n_accepted: U32 = 0
+    by_depth: Annotated[tuple[tuple[U32, U32], ...], Range(0, MAX_RUN)] = ()
+    n_stale: U32 = 0
+    full_rows: U32 = 0
+    queue_us: Micros = 0
+    prefill_us: Micros = 0
+    decode_us: Micros = 0
+    verify_us: Micros = 0
+    sample_us: Micros = 0
+    wire_us: Micros = 0
+    wait_us: Micros = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStats:
+    """The same generation on the draft side. worker: the last one that drafted, or empty."""
+
+    worker: Name = ""
+    n_drafted: U32 = 0
+    prefill_us: Micros = 0
+    decode_us: Micros = 0
+    worker_changes: U32 = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Router -> gateway: the generation has ended; no more `Tokens` follow."""
+
+    request: U64
+    reason: FinishReason
+    target: TargetStats
+    draft: DraftStats
+
+
+# --- Router <-> verifier ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTarget:
+    """Router -> verifier: begin a session. tokens: [n] int32, the prompt."""
+
+    session: U64
+    tokens: TokenArray
+    sampling: SamplingParams
+    limits: Limits
+    n_max: Annotated[int, Range(0, MAX_RUN)]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """Router -> verifier or draft: end the session and free its slot; unknown sessions are ignored."""
+
+    session: U64
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Draft -> router -> verifier: tokens that continue the prefix named by its length and hash.
+
+    start: position of tokens[0]. prefix_hash: of the session's tokens before `start` (`shared/prefix.py`).
+    confidence: the draft's probability of each token. The q arrays are empty except under rejection sampling: the
+    sparse distributions that the tokens were drawn from, q_counts[i] entries for token i.
+    prefill_us, decode_us: the engine time that this run cost, for statistics.
+    """
+
+    session: U64
+    start: Position
+    prefix_hash: U64
+    tokens: Annotated[tuple[Token, ...], Range(1, MAX_RUN)]
+    confidence: Annotated[tuple[float, ...], Range(0, MAX_RUN)] = ()
+    q_counts: Annotated[tuple[U32, ...], Range(0, MAX_RUN)] = ()
+    q_ids: IdArray = field(default_factory=lambda: _NO_IDS)
+    q_probs: FloatArray = field(default_factory=lambda: _NO_FLOATS)
+    prefill_us: Micros = 0
+    decode_us: Micros = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Verifier -> router -> draft: tokens that are final.
+
+    start: position of tokens[0]. prefix_hash: of the tokens before `start`. n_accepted: how many of them were
+    proposed. known: end position of the proposals that the verifier still holds after this commit, so that a draft
+    can tell that some were lost. stats: given with the last commit only.
+    """
+
+    session: U64
+    start: Position
+    prefix_hash: U64
+    tokens: Run
+    n_accepted: Annotated[int, Range(0, MAX_RUN + 1)]
+    known: Position
+    finish: FinishReason = ""
+    stats: TargetStats | None = None
+
+
+# --- Router <-> draft -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDraft:
+    """Router -> draft: begin to draft for a session. tokens: [n] int32, prompt and commits so far.
+
+    window: how many tokens the draft may run ahead of the last commit.
+    """
+
+    session: U64
+    tokens: TokenArray
+    sampling: SamplingParams
+    stop_tokens: Annotated[tuple[Token, ...], Range(0, 256)]
+    window: Annotated[int, Range(1, MAX_RUN)]
+
+
+# --- Verifier <-> sampler ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSampling:
+    """Verifier -> sampler: a session's parameters and its tokens so far ([n] int32). No answer."""
+
+    session: U64
+    tokens: TokenArray
+    n_prompt: Position
+    n_vocab: U32
+    sampling: SamplingParams
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSampling:
+    """Verifier -> sampler: forget these sessions. No answer."""
+
+    sessions: Annotated[tuple[U64, ...], Range(0, MAX_STEP_SESSIONS)]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyItem:
+    """One session's part of a `Verify`: len(tokens) + 1 rows, row j conditional on tokens[:j].
+
+    start: position of tokens[0] and so of what row 0 predicts. n_asked: how many entries of `asked_ids` are its own.
+    q_counts: as in Proposal, one per token; empty unless rejection sampling.
+    """
+
+    session: U64
+    start: Position
+    prefix_hash: U64
+    tokens: Run
+    n_asked: U32 = 0
+    q_counts: Annotated[tuple[U32, ...], Range(0, MAX_RUN)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Verifier -> sampler: the target's logits for one step, sparse.
+
+    Rows of all items in order, R in all. top_ids [R, K] int32 and top_logits [R, K] float32: the K largest logits,
+    descending. lse [R] float64: log-sum-exp over the whole vocabulary. asked_ids: each item's ids, one after the
+    other; asked_logits: for each item [rows, n_asked], flattened. q_ids, q_probs: the items' draft distributions.
+    """
+
+    step: U64
+    items: Annotated[tuple[VerifyItem, ...], Range(1, MAX_STEP_SESSIONS)]
+    top_ids: IdRows
+    top_logits: FloatRows
+    lse: DoubleArray
+    asked_ids: IdArray = field(default_factory=lambda: _NO_IDS)
+    asked_logits: FloatArray = field(default_factory=lambda: _NO_FLOATS)
+    q_ids: IdArray = field(default_factory=lambda: _NO_IDS)
+    q_probs: FloatArray = field(default_factory=lambda: _NO_FLOATS)
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRows:
+    """Sampler -> verifier: these rows (indexes into the step's R) cannot be decided from their top K."""
+
+    step: U64
+    rows: Annotated[tuple[U32, ...], Range(1, MAX_STEP_SESSIONS * (MAX_RUN + 1))]
+
+
+@dataclass(frozen=True, slots=True)
+class FullRows:
+    """Verifier -> sampler: answer to NeedRows. logits: [len(rows), n_vocab] float32."""
+
+    step: U64
+    rows: Annotated[tuple[U32, ...], Range(1, MAX_STEP_SESSIONS * (MAX_RUN + 1))]
+    logits: FloatRows
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictItem:
+    """One session's verdict: tokens to commit, the first n_accepted of them proposed by the draft.
+
+    full_rows: how many rows had to travel whole. finish: why the generation ends with these tokens, or empty.
+    resync: the sampler does not hold this session as of `start` (it restarted): open it again and ask once more.
+    """
+
+    session: U64
+    tokens: Run
+    n_accepted: Annotated[int, Range(0, MAX_RUN + 1)]
+    finish: FinishReason = ""
+    full_rows: U32 = 0
+    resync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Sampler -> verifier: answer to Verify, items in its order. sample_us: time spent deciding."""
+
+    step: U64
+    items: Annotated[tuple[VerdictItem, ...], Range(1, MAX_STEP_SESSIONS)]
+    sample_us: Micros = 0
+
+
+# --- Operations -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GetStatus:
+    """CLI or gateway -> router: what is going on?"""
+
+    ref: U64
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: heard within its deadline."""
+
+    role: Role
+    instance: Name
+    engine: Name
+    model: Name
+    vocab_fingerprint: Name
+    n_vocab: U32
+    n_ctx: Position
+    n_slots: U32
+    n_sessions: U32
+    row_invariant: bool
+    rtt_us: Micros
+    alive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Router -> CLI or gateway."""
+
+    ref: U64
+    version: Name
+    uptime_s: U32
+    n_sessions: U32
+    peers: Annotated[tuple[PeerStatus, ...], Range(0, 1024)]
+
+
+Message = (
+    Hello | Welcome | Ping | Pong | Goodbye | Error
+    | Describe | Description | Encode | Encoded | Decode | Decoded
+    | Generate | Cancel | Tokens | Finished
+    | OpenTarget | Close | Proposal | Commit | OpenDraft
+    | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
+    | GetStatus | Status
+)  # fmt: skip

@@ -1,0 +1,106 @@
+"""A peer's side of its connection to the router: registration, heartbeats, and noticing that either has restarted.
+
+Used by the gateway, the verifier and the draft workers alike. The peer introduces itself until it is welcomed, answers
+pings, and introduces itself again when the router says that it does not know it, or falls silent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import zmq
+
+from shared.errors import DraftwireError, SettingsError
+from shared.messages import Error, Goodbye, Hello, Message, Ping, Pong, Welcome
+from shared.service import Handler, Service
+
+UNKNOWN_PEER = "unknown_peer"
+"""Code of the router's `Error` to a peer that it has no registration of."""
+
+REFUSED = frozenset({"vocabulary_mismatch", "duplicate_instance"})
+"""Codes of an `Error` to a `Hello` that make it pointless to try again."""
+
+_RETRY_S = 0.25
+_SILENT_BEATS = 8
+
+
+class RouterConnection:
+    """A registered connection to the router.
+
+    Args:
+        hello: how this peer introduces itself.
+        handlers: for the messages of its own business.
+        on_router_lost: called when the router has forgotten this peer's sessions (it restarted), or is silent.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        endpoint: str,
+        hello: Hello,
+        handlers: dict[type, Handler],
+        on_router_lost: Callable[[str], None],
+    ) -> None:
+        self._service = service
+        self._hello = hello
+        self._on_router_lost = on_router_lost
+        self._error_handler = handlers.get(Error)
+        self._router_boot = 0
+        self._heartbeat_s = 0.5
+        self._heard = time.monotonic()
+        self.connected = False
+        self._link = service.link(
+            "router",
+            zmq.DEALER,
+            {**handlers, Welcome: self._welcome, Ping: self._ping, Error: self._error},
+        )
+        self._link.connect(endpoint)
+        self._introduce()
+        service.every(_RETRY_S, self._check)
+
+    def send(self, message: Message) -> bool:
+        """Queue a message; False when the queue is full."""
+        return self._link.send(message)
+
+    def goodbye(self, reason: str) -> None:
+        self._link.send(Goodbye(reason))
+
+    def _introduce(self) -> None:
+        self._link.send(self._hello)
+
+    def _check(self) -> None:
+        if self.connected and time.monotonic() - self._heard > _SILENT_BEATS * self._heartbeat_s:
+            self.connected = False
+            self._service.log.warning("router_silent")
+            self._on_router_lost("the router is silent")
+        if not self.connected:
+            self._introduce()
+
+    def _welcome(self, _peer: bytes, message: Welcome) -> None:
+        self._heard = time.monotonic()
+        self._heartbeat_s = message.heartbeat_ms / 1000
+        if self._router_boot not in (0, message.boot):
+            self._on_router_lost("the router has restarted")
+        if not self.connected:
+            self._service.log.info("router_connected")
+        self._router_boot = message.boot
+        self.connected = True
+
+    def _ping(self, _peer: bytes, message: Ping) -> None:
+        self._heard = time.monotonic()
+        self._link.send(Pong(message.sent_ns))
+
+    def _error(self, peer: bytes, message: Error) -> None:
+        if message.code == UNKNOWN_PEER:
+            if self.connected:
+                self.connected = False
+                self._introduce()
+        elif message.code in REFUSED:
+            raise SettingsError(message.message, message.remedy, message.code)
+        elif message.code == "bad_message" and message.ref == 0:
+            raise DraftwireError(f"the router refused a message: {message.message}", message.remedy, message.code)
+        elif self._error_handler is not None:
+            self._error_handler(peer, message)
+        else:
+            self._service.log.warning("router_error", code=message.code, reason=message.message)

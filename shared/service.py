@@ -1,0 +1,451 @@
+"""The life of a process, and its sockets.
+
+A service declares its links and handlers in `start`; everything else, from settings to signals, is here. One event
+loop a process (uvloop); handlers are plain functions that must not block. What computes does so on its own thread
+(`EngineThread`).
+
+Invariants: a send never blocks and never queues without bound; a bad message is answered and logged, and never ends
+the process; a handler that raises does end it, loudly, for its supervisor to restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import uvloop
+import zmq
+
+from shared import logs, wire
+from shared.errors import DraftwireError, ModelError, SettingsError, WireError
+from shared.messages import Error, Message
+from shared.settings import Settings
+
+EXIT_CONFIG = 78
+"""Exit status (EX_CONFIG of sysexits.h) when starting again cannot help: bad settings, bad model, refused by a peer."""
+
+QUEUE_LENGTH = 1000
+"""Messages that a socket queues for a peer and from it; beyond that, sends are refused."""
+
+_BURST = 64
+_LOG_EVERY_S = 1.0
+
+Handler = Callable[[bytes, Any], None]
+"""Gets the peer's routing id (b"" on a dealer) and the message."""
+
+
+def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    sock = context.socket(kind)
+    sock.linger = 200
+    sock.sndhwm = sock.rcvhwm = QUEUE_LENGTH
+    sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
+    if kind == zmq.ROUTER:
+        sock.router_mandatory = 1
+    else:
+        sock.reconnect_ivl = 50
+        sock.reconnect_ivl_max = 1000
+    return sock
+
+
+class Link:
+    """One ZeroMQ socket on the event loop.
+
+    Args:
+        handlers: by message type; a message of another type is refused.
+        fallback: gets what has no handler, instead of the refusal.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        name: str,
+        kind: int,
+        handlers: dict[type, Handler],
+        fallback: Handler | None = None,
+    ) -> None:
+        self.name = name
+        self._service = service
+        self._handlers = handlers
+        self._fallback = fallback
+        self._kind = kind
+        self._socket = _new_socket(service.context, kind)
+        self._scheduled = False
+        self._closed = False
+        self._next_log = 0.0
+        self.n_refused = 0
+        """Messages refused since the start: malformed, or of a type that is not expected here."""
+
+    def bind(self, endpoint: str) -> None:
+        """Errors: `SettingsError` when the endpoint is taken or cannot be made."""
+        if endpoint.startswith("ipc://"):
+            _claim_socket_path(Path(endpoint[len("ipc://") :]))
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise SettingsError(
+                    f"{endpoint} is in use", "is another fleet running? stop it, or choose another run_dir or port"
+                ) from None
+            raise SettingsError(f"cannot bind {endpoint}: {error.strerror}") from None
+        self._watch()
+
+    def connect(self, endpoint: str) -> None:
+        self._socket.connect(endpoint)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._service.loop.add_reader(self._socket.fileno(), self._pump)
+        self._schedule()
+
+    def send(self, message: Message, peer: bytes = b"") -> bool:
+        """Queue a message; False when it cannot be: the peer is gone or its queue is full."""
+        if self._closed:
+            return False
+        frames: Sequence[Any] = wire.encode(message)
+        if self._kind == zmq.ROUTER:
+            frames = [peer, *frames]
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.ENOTSOCK):
+                return False
+            raise
+        finally:
+            # The descriptor is edge-triggered, and sending may have eaten the edge of something that has arrived.
+            self._schedule()
+        return True
+
+    def _schedule(self) -> None:
+        if not self._scheduled and not self._closed:
+            self._scheduled = True
+            self._service.loop.call_soon(self._pump_scheduled)
+
+    def _pump_scheduled(self) -> None:
+        self._scheduled = False
+        self._pump()
+
+    def _pump(self) -> None:
+        for _ in range(_BURST):
+            if self._closed:
+                return
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            peer = frames.pop(0) if self._kind == zmq.ROUTER else b""
+            self._receive(peer, frames)
+        self._schedule()
+
+    def _receive(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            message = wire.decode(frames)
+        except WireError as error:
+            self._refuse(peer, Error(0, error.code, error.message[:4000], error.remedy))
+            return
+        handler = self._handlers.get(type(message), self._fallback)
+        if handler is not None:
+            try:
+                handler(peer, message)
+            except BaseException as error:
+                self._service.fail(error)
+                raise
+        elif not isinstance(message, Error):
+            self._refuse(peer, Error(0, "unexpected_message", f"{type(message).__name__} has no meaning here"))
+
+    def _refuse(self, peer: bytes, error: Error) -> None:
+        self.n_refused += 1
+        now = time.monotonic()
+        if now >= self._next_log:
+            self._next_log = now + _LOG_EVERY_S
+            self._service.log.warning(
+                "message_refused", link=self.name, code=error.code, reason=error.message, refused=self.n_refused
+            )
+        self.send(error, peer)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._service.loop.remove_reader(self._socket.fileno())
+            self._socket.close()
+
+
+class BlockingLink:
+    """A dealer socket for one thread that has nothing to do until the answer is there (the verifier's engine thread).
+
+    A thread blocked in `receive` answers in half the time that an event loop needs, and a step cannot go on without
+    its verdict.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
+        self._socket = _new_socket(context, zmq.DEALER)
+        self._socket.connect(endpoint)
+
+    def send(self, message: Message) -> bool:
+        """Queue a message; False when the queue is full."""
+        try:
+            self._socket.send_multipart(wire.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_ms: int) -> Message | None:
+        """The next message, or None after the timeout. Errors: `WireError`."""
+        if not self._socket.poll(timeout_ms):
+            return None
+        return wire.decode(self._socket.recv_multipart())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _claim_socket_path(path: Path) -> None:
+    """Make room for an ipc socket: its directory exists and is private, and no living process listens there.
+
+    ZeroMQ itself would silently take over a socket file that another process is serving.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists():
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except (ConnectionRefusedError, FileNotFoundError):
+                    path.unlink(missing_ok=True)
+                else:
+                    raise SettingsError(
+                        f"{path} is in use by another process",
+                        "is another fleet running? stop it, or choose another run_dir",
+                    )
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied", str(path.parent))
+    except OSError as error:
+        raise SettingsError(
+            f"cannot use the run directory {path.parent}: {error.strerror}", "choose another with run_dir"
+        ) from None
+
+
+S = TypeVar("S", bound="Service")
+
+
+class Service(ABC):
+    """A process: `run_service(Router, settings)` runs one to its end.
+
+    Attributes:
+        log: bound to the service and its instance. loop: the event loop. context: of all its sockets.
+    """
+
+    name: str
+
+    def __init__(self, settings: Settings, instance: str = "") -> None:
+        self.settings = settings
+        self.instance = instance or self.name
+        self.log = logs.configure(self.name, self.instance, settings.log_level)
+        self.loop: asyncio.AbstractEventLoop
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.draining = False
+        self._links: list[Link] = []
+        self._done: asyncio.Event
+        self._failure: BaseException | None = None
+        self._started_at = time.monotonic()
+
+    # -- what a service defines --
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Open links and load what is needed; the service is ready when this returns."""
+
+    def idle(self) -> bool:
+        """Whether nothing is in progress, so that a drain may end."""
+        return True
+
+    def drain(self) -> None:  # noqa: B027 (optional)
+        """Called once when the service is asked to stop: take no new work; what is in progress may end."""
+
+    def stop(self) -> None:  # noqa: B027 (optional)
+        """Called last, to end threads and free engines."""
+
+    def healthy(self) -> bool:
+        """Whether the watchdog may be told that all is well."""
+        return True
+
+    # -- what it uses --
+
+    def link(self, name: str, kind: int, handlers: dict[type, Handler], fallback: Handler | None = None) -> Link:
+        link = Link(self, name, kind, handlers, fallback)
+        self._links.append(link)
+        return link
+
+    def every(self, seconds: float, action: Callable[[], None]) -> None:
+        """Call `action` periodically from now on."""
+
+        def tick() -> None:
+            try:
+                action()
+            except BaseException as error:
+                self.fail(error)
+                raise
+            self.loop.call_later(seconds, tick)
+
+        self.loop.call_later(seconds, tick)
+
+    def fail(self, error: BaseException) -> None:
+        """End the process because of an error; from the event loop's thread."""
+        if self._failure is None:
+            self._failure = error
+        self._done.set()
+
+    def fail_threadsafe(self, error: BaseException) -> None:
+        """`fail`, from another thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the process is on its way out
+            self.loop.call_soon_threadsafe(self.fail, error)
+
+    @property
+    def uptime_s(self) -> int:
+        return int(time.monotonic() - self._started_at)
+
+    # -- its life --
+
+    async def _run(self) -> int:
+        self.loop = asyncio.get_running_loop()
+        self._done = asyncio.Event()
+        stopping = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, stopping.set)
+        try:
+            await self.start()
+            self.log.info("ready", version=version())
+            notify("READY=1")
+            watchdog_us = int(os.environ.get("WATCHDOG_USEC", 0))
+            if watchdog_us:
+                self.every(watchdog_us / 3e6, lambda: notify("WATCHDOG=1") if self.healthy() else None)
+            await _first(stopping.wait(), self._done.wait())
+            if self._failure is None:
+                self.log.info("draining")
+                notify("STOPPING=1")
+                self.draining = True
+                self.drain()
+                deadline = time.monotonic() + self.settings.drain_s
+                while not self.idle() and time.monotonic() < deadline and self._failure is None:
+                    await asyncio.sleep(0.02)
+        except BaseException as error:  # reported below, whatever it is
+            self._failure = self._failure or error
+        finally:
+            self.stop()
+            for link in self._links:
+                link.close()
+            self.context.term()
+        return self._report()
+
+    def _report(self) -> int:
+        error = self._failure
+        if error is None:
+            self.log.info("stopped")
+            return 0
+        if isinstance(error, DraftwireError):
+            self.log.error("stopped", code=error.code, reason=error.message, remedy=error.remedy)
+            print(f"draftwire {self.name}: {error}", file=sys.stderr, flush=True)
+            return EXIT_CONFIG if isinstance(error, (SettingsError, ModelError)) else 1
+        self.log.error("crashed", exc_info=error)
+        return 1
+
+
+def run_service(cls: type[S], settings: Settings, instance: str = "") -> int:
+    """Run a service until it is told to stop; returns the process's exit status."""
+    sys.setswitchinterval(0.0005)  # an event loop and an engine thread share the interpreter; 5 ms would be a token
+    return uvloop.run(cls(settings, instance)._run())
+
+
+async def _first(*awaitables: Any) -> None:
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
+
+
+def notify(state: str) -> None:
+    """Tell the supervisor (systemd, or `draftwire up`) through $NOTIFY_SOCKET; silently nothing without one."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock, contextlib.suppress(OSError):
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.send(state.encode())
+
+
+class EngineThread:
+    """The thread that computes: it runs one function to its end and beats at every turn of that function's loop.
+
+    An exception there ends the process through `Service.fail`.
+    """
+
+    def __init__(self, service: Service, name: str, run: Callable[[], None]) -> None:
+        self._service = service
+        self._run = run
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._guard, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def beat(self) -> None:
+        self._beat = time.monotonic()
+
+    @property
+    def beat_age_s(self) -> float:
+        return time.monotonic() - self._beat
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _guard(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:  # handed to the event loop, which ends the process
+            self._service.fail_threadsafe(error)
+
+
+class Mailbox:
+    """Hands values from the event loop to the engine thread, in order, and wakes it."""
+
+    def __init__(self) -> None:
+        self._values: list[Any] = []
+        self._condition = threading.Condition()
+
+    def put(self, value: Any) -> None:
+        with self._condition:
+            self._values.append(value)
+            self._condition.notify()
+
+    def take(self, timeout_s: float | None) -> list[Any]:
+        """All values there are; waits up to timeout_s for the first one (None: forever, 0: not at all)."""
+        with self._condition:
+            if not self._values and timeout_s != 0:
+                self._condition.wait(timeout_s)
+            values, self._values = self._values, []
+            return values
+
+
+def monotonic_us() -> int:
+    return time.monotonic_ns() // 1000
+
+
+def version() -> str:
+    """The installed version of Draftwire."""
+    try:
+        return metadata.version("draftwire")
+    except metadata.PackageNotFoundError:
+        return "unknown"
