@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import zmq
 
-from shared.errors import DraftwireError, SettingsError
+from shared.errors import SettingsError
 from shared.messages import Error, Goodbye, Hello, Message, Ping, Pong, Welcome
 from shared.service import Handler, Service
 
@@ -98,9 +98,7 @@ class RouterConnection:
                 self._introduce()
         elif message.code in REFUSED:
             raise SettingsError(message.message, message.remedy, message.code)
-        elif message.code == "bad_message" and message.ref == 0:
-            raise DraftwireError(f"the router refused a message: {message.message}", message.remedy, message.code)
         elif self._error_handler is not None:
             self._error_handler(peer, message)
         else:
-            self._service.log.warning("router_error", code=message.code, reason=message.message)
+            self._service.log.error("router_error", code=message.code, reason=message.message)
