@@ -18,7 +18,7 @@ from shared.service import Handler, Service
 UNKNOWN_PEER = "unknown_peer"
 """Code of the router's `Error` to a peer that it has no registration of."""
 
-REFUSED = frozenset({"vocabulary_mismatch", "duplicate_instance"})
+REFUSED = frozenset({"vocabulary_mismatch"})
 """Codes of an `Error` to a `Hello` that make it pointless to try again."""
 
 _RETRY_S = 0.25

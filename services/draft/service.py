@@ -1,0 +1,128 @@
+"""A draft worker: owns a draft engine (a model or n-grams) and its KV cache; proposes tokens ahead of verification."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from services.draft.drafters import Drafter, ModelDrafter, modelless
+from services.draft.worker import Worker
+from shared.engine.registry import load_engine
+from shared.errors import SettingsError
+from shared.messages import Close, Commit, Hello, Message, OpenDraft
+from shared.peer import RouterConnection
+from shared.service import EngineThread, Mailbox, Service, version
+from shared.settings import Settings
+
+_FORGET = object()
+_WAKE = object()
+
+
+class DraftService(Service):
+    """The event loop talks to the router, the engine thread drafts. The instance names its table, [draft.INSTANCE]."""
+
+    name = "draft"
+
+    def __init__(self, settings: Settings, instance: str = "") -> None:
+        if not instance and settings.draft:
+            instance = next(iter(settings.draft))
+        super().__init__(settings, instance)
+        self._mailbox = Mailbox()
+        self._thread = EngineThread(self, "engine", self._compute)
+        self._loaded: asyncio.Future[Drafter]
+        self._connection: RouterConnection | None = None
+        self._stopping = False
+
+    async def start(self) -> None:
+        if self.instance not in self.settings.draft:
+            known = ", ".join(sorted(self.settings.draft)) or "none"
+            raise SettingsError(f"no draft worker {self.instance!r} is configured", f"configured: {known}")
+        self._loaded = self.loop.create_future()
+        self._thread.start()
+        info = (await self._loaded).info
+        hello = Hello(
+            "draft",
+            self.instance,
+            random.getrandbits(64),
+            info.engine,
+            info.model,
+            info.vocab_fingerprint,
+            info.n_vocab,
+            info.n_ctx,
+            info.n_slots,
+            info.row_invariant,
+            version(),
+        )
+        self._connection = RouterConnection(
+            self,
+            self.settings.endpoint("drafts"),
+            hello,
+            dict.fromkeys((OpenDraft, Commit, Close), self._receive),
+            self._router_lost,
+        )
+
+    def _receive(self, _peer: bytes, message: Any) -> None:
+        self._mailbox.put(message)
+
+    def _router_lost(self, reason: str) -> None:
+        self.log.warning("sessions_dropped", reason=reason)
+        self._mailbox.put(_FORGET)
+
+    def drain(self) -> None:
+        # Its sessions move on to another worker at once; nothing is lost by leaving.
+        if self._connection is not None:
+            self._connection.goodbye("draining")
+
+    def healthy(self) -> bool:
+        return self._thread.beat_age_s < 60
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._mailbox.put(_WAKE)
+        self._thread.join(10)
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        assert self._connection is not None
+        for message in messages:
+            # A proposal that cannot be queued is lost; the next commit shows it, and it is sent again.
+            self._connection.send(message)
+
+    # -- engine thread --
+
+    def _compute(self) -> None:
+        drafter = self._load()
+        try:
+            worker = Worker(drafter, self._emit)
+            busy = False
+            while not self._stopping:
+                self._thread.beat()
+                for message in self._mailbox.take(0 if busy else 1.0):
+                    if message is _FORGET:
+                        worker.forget_all()
+                    elif message is not _WAKE:
+                        worker.receive(message)
+                busy = worker.turn()
+        finally:
+            drafter.shut()
+
+    def _emit(self, messages: Sequence[Message]) -> None:
+        self.loop.call_soon_threadsafe(self._send, messages)
+
+    def _load(self) -> Drafter:
+        settings = self.settings.draft[self.instance]
+        try:
+            if settings.drafter != "model":
+                drafter = modelless(settings.drafter)
+            else:
+                self.log.info("loading", model=settings.engine.model, engine=settings.engine.engine)
+                drafter = ModelDrafter(load_engine(settings.engine), settings.q_top_k)
+        except BaseException as error:
+            self.loop.call_soon_threadsafe(self._loaded.set_exception, error)
+            raise
+        self.loop.call_soon_threadsafe(self._loaded.set_result, drafter)
+        return drafter
+
+
+SERVICE = DraftService

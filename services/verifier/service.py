@@ -1,0 +1,148 @@
+"""The verifier: owns the target engine and its KV cache; batches sessions continuously; checks runs of proposals."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from services.verifier.sampler_client import SamplerClient, Stopped
+from services.verifier.stepper import Stepper
+from shared.engine.interface import Engine, EngineInfo
+from shared.engine.registry import load_engine
+from shared.errors import SettingsError
+from shared.messages import Close, Error, Hello, Message, OpenTarget, Proposal
+from shared.peer import RouterConnection
+from shared.service import BlockingLink, EngineThread, Mailbox, Service, version
+from shared.settings import Settings
+
+_FORGET = object()
+_WAKE = object()
+
+
+class VerifierService(Service):
+    """The event loop talks to the router; the engine thread computes and talks to the sampler."""
+
+    name = "verifier"
+
+    def __init__(self, settings: Settings, instance: str = "") -> None:
+        super().__init__(settings, instance)
+        self._mailbox = Mailbox()
+        self._thread = EngineThread(self, "engine", self._compute)
+        self._loaded: asyncio.Future[EngineInfo]
+        self._connection: RouterConnection | None = None
+        self._stopping = False
+        self._n_sessions = 0
+
+    async def start(self) -> None:
+        self._loaded = self.loop.create_future()
+        self._thread.start()
+        info = await self._loaded
+        hello = Hello(
+            "verifier",
+            self.instance,
+            random.getrandbits(64),
+            info.engine,
+            info.model,
+            info.vocab_fingerprint,
+            info.n_vocab,
+            info.n_ctx,
+            info.n_slots,
+            info.row_invariant,
+            version(),
+        )
+        self._connection = RouterConnection(
+            self,
+            self.settings.endpoint("router"),
+            hello,
+            dict.fromkeys((OpenTarget, Proposal, Close), self._receive),
+            self._router_lost,
+        )
+
+    def _receive(self, _peer: bytes, message: Any) -> None:
+        if isinstance(message, OpenTarget) and self.draining:
+            self._send([Error(message.session, "draining", "the verifier is shutting down", "try again", 5)])
+            return
+        self._mailbox.put(message)
+
+    def _router_lost(self, reason: str) -> None:
+        self.log.warning("sessions_dropped", reason=reason)
+        self._mailbox.put(_FORGET)
+
+    def idle(self) -> bool:
+        return self._n_sessions == 0
+
+    def drain(self) -> None:
+        if self._connection is not None:
+            self._connection.goodbye("draining")
+
+    def healthy(self) -> bool:
+        return self._thread.beat_age_s < 60
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._mailbox.put(_WAKE)
+        self._thread.join(10)
+
+    def _send(self, messages: Sequence[Message]) -> None:
+        assert self._connection is not None
+        for message in messages:
+            if not self._connection.send(message):
+                self.log.error("router_queue_full", message=type(message).__name__)
+
+    # -- engine thread --
+
+    def _compute(self) -> None:
+        settings = self.settings.verifier
+        engine = self._load()
+        link = BlockingLink(self.context, self.settings.endpoint("sampler"))
+        try:
+            sampler = SamplerClient(link, engine.info.n_vocab, settings.top_k_rows, self.log, self._alive)
+            self._steps(Stepper(engine, sampler, settings, self._emit))
+        except Stopped:
+            pass
+        finally:
+            link.close()
+            engine.close()
+
+    def _steps(self, stepper: Stepper) -> None:
+        while not self._stopping:
+            self._thread.beat()
+            for message in self._mailbox.take(0 if stepper.busy else 1.0):
+                if message is _FORGET:
+                    stepper.forget_all()
+                elif message is not _WAKE:
+                    stepper.receive(message)
+            if stepper.n_sessions:
+                stepper.step()
+            stepper.flush()
+            self._n_sessions = stepper.n_sessions
+
+    def _emit(self, messages: Sequence[Message]) -> None:
+        self.loop.call_soon_threadsafe(self._send, messages)
+
+    def _alive(self) -> bool:
+        self._thread.beat()
+        return not self._stopping
+
+    def _load(self) -> Engine:
+        try:
+            settings = self.settings.verifier
+            self.log.info("loading", model=settings.engine.model, engine=settings.engine.engine)
+            engine = load_engine(settings.engine)
+            rows = engine.info.n_slots * (settings.n_max + 1)
+            if engine.info.n_batch <= rows:
+                raise SettingsError(
+                    f"verifier.engine.n_batch is {engine.info.n_batch}, {engine.info.n_slots} slots with "
+                    f"{settings.n_max} proposals each take {rows} rows and prompts need some too",
+                    f"raise it above {rows}, or lower n_slots or verifier.n_max",
+                )
+        except BaseException as error:
+            self.loop.call_soon_threadsafe(self._loaded.set_exception, error)
+            raise
+        self.loop.call_soon_threadsafe(self._loaded.set_result, engine.info)
+        return engine
+
+
+SERVICE = VerifierService

@@ -1,0 +1,191 @@
+"""One session's state in the verifier: its committed tokens, and the proposals that continue them.
+
+Pure bookkeeping. Invariant: `chain` continues `prefix`; a proposal enters it only when the hash of the prefix that it
+was drafted for equals the session's own, so late, duplicated, reordered or foreign proposals change nothing but speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shared.engine.interface import Float32, Int32
+from shared.messages import MAX_RUN, Limits, Proposal, TargetStats
+from shared.prefix import TokenPrefix, extend
+from shared.sampling.params import SamplingParams
+
+_MAX_PARKED = 16
+
+Distribution = tuple[Int32, Float32]
+"""A draft's sparse distribution for one token: ids [k] int32, probabilities [k] float32."""
+
+
+@dataclass(slots=True)
+class Proposed:
+    """A proposed token. q: what it was drawn from, under rejection sampling."""
+
+    token: int
+    q: Distribution | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What one generation has cost so far; see `shared.messages.TargetStats`."""
+
+    n_cached: int = 0
+    rounds: int = 0
+    n_proposed: int = 0
+    n_accepted: int = 0
+    by_depth: list[list[int]] = field(default_factory=list)
+    n_stale: int = 0
+    full_rows: int = 0
+    queue_us: int = 0
+    prefill_us: int = 0
+    verify_us: int = 0
+    sample_us: int = 0
+    wire_us: int = 0
+
+
+class TargetSession:
+    """See the module's docstring.
+
+    Args:
+        n_max: most proposals to verify in one step of this session.
+        opened_us: monotonic time of its arrival.
+    """
+
+    def __init__(
+        self, session: int, prompt: Int32, sampling: SamplingParams, limits: Limits, n_max: int, opened_us: int
+    ) -> None:
+        self.id = session
+        self.sampling = sampling
+        self.limits = limits
+        self.n_max = n_max
+        self.prefix = TokenPrefix(prompt.tolist())
+        self.n_prompt = len(prompt)
+        self.chain: list[Proposed] = []
+        self.counters = Counters()
+        self.opened_us = opened_us
+        self.first_commit_us = 0
+        self.slot = -1
+        self.cached = 0
+        """How many positions of the slot's cache hold the prefix."""
+        self._chain_hashes = [self.prefix.hash]
+        self._parked: dict[int, Proposal] = {}
+
+    @property
+    def known(self) -> int:
+        """The position after the last proposal that waits here."""
+        return len(self.prefix) + len(self.chain)
+
+    @property
+    def pending(self) -> int:
+        """Committed tokens that the cache lacks; at least one, the last."""
+        return len(self.prefix) - self.cached
+
+    def offer(self, proposal: Proposal) -> bool:
+        """Take a proposal in; False when it is stale: its prefix is not this session's."""
+        if not self._offer(proposal):
+            self.counters.n_stale += len(proposal.tokens)
+            return False
+        while self._parked and (parked := self._parked.pop(self.known, None)) is not None:
+            self._offer(parked)
+        return True
+
+    def _offer(self, proposal: Proposal) -> bool:
+        committed, start = len(self.prefix), proposal.start
+        if start > self.known:
+            if len(self._parked) < _MAX_PARKED:
+                self._parked[start] = proposal
+            return True
+        if start >= committed:
+            if self._chain_hashes[start - committed] != proposal.prefix_hash:
+                return False
+            skip = 0
+        else:
+            if self.prefix.hashes[start] != proposal.prefix_hash:
+                return False
+            skip = committed - start
+            if self.prefix.agreement(start, proposal.tokens) < skip:
+                return False
+        depth = start + skip - committed
+        new = _proposed(proposal)[skip:]
+        same = 0
+        for own, other in zip(self.chain[depth:], new, strict=False):
+            if own.token != other.token:
+                break
+            same += 1
+        if same == len(new):
+            return True
+        del self.chain[depth + same :]
+        del self._chain_hashes[depth + same + 1 :]
+        for proposed in new[same : MAX_RUN - len(self.chain) + same]:
+            self.chain.append(proposed)
+            self._chain_hashes.append(extend(self._chain_hashes[-1], proposed.token))
+        return True
+
+    def proposals(self, count: int) -> list[Proposed]:
+        """The first `count` proposals, or as many as there are."""
+        return self.chain[:count]
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Make tokens final; the proposals that they contradict are dropped, the others go on waiting."""
+        agreed = 0
+        for proposed, token in zip(self.chain, tokens, strict=False):
+            if proposed.token != token:
+                break
+            agreed += 1
+        self.prefix.append(tokens)
+        if agreed == len(tokens):
+            del self.chain[:agreed]
+            del self._chain_hashes[:agreed]
+        else:
+            self.counters.n_stale += max(0, len(self.chain) - agreed)
+            self.chain.clear()
+            self._chain_hashes = [self.prefix.hash]
+        self._parked = {start: p for start, p in self._parked.items() if start > len(self.prefix)}
+
+    def count_round(self, n_proposed: int, n_accepted: int) -> None:
+        counters = self.counters
+        counters.rounds += 1
+        counters.n_proposed += n_proposed
+        counters.n_accepted += n_accepted
+        while len(counters.by_depth) < n_proposed:
+            counters.by_depth.append([0, 0])
+        for depth in range(n_proposed):
+            counters.by_depth[depth][0] += 1
+            counters.by_depth[depth][1] += depth < n_accepted
+
+    def stats(self, now_us: int) -> TargetStats:
+        c = self.counters
+        decode_us = max(0, now_us - self.first_commit_us) if self.first_commit_us else 0
+        return TargetStats(
+            n_prompt=self.n_prompt,
+            n_cached=c.n_cached,
+            n_generated=len(self.prefix) - self.n_prompt,
+            rounds=c.rounds,
+            n_proposed=c.n_proposed,
+            n_accepted=c.n_accepted,
+            by_depth=tuple((p, a) for p, a in c.by_depth),
+            n_stale=c.n_stale,
+            full_rows=c.full_rows,
+            queue_us=c.queue_us,
+            prefill_us=c.prefill_us,
+            decode_us=decode_us,
+            verify_us=c.verify_us,
+            sample_us=c.sample_us,
+            wire_us=c.wire_us,
+            wait_us=max(0, decode_us - c.verify_us - c.sample_us - c.wire_us),
+        )
+
+
+def _proposed(proposal: Proposal) -> list[Proposed]:
+    if not proposal.q_counts:
+        return [Proposed(token) for token in proposal.tokens]
+    bounds = np.cumsum((0, *proposal.q_counts)).tolist()
+    return [
+        Proposed(token, (proposal.q_ids[low:high], proposal.q_probs[low:high]))
+        for token, low, high in zip(proposal.tokens, bounds, bounds[1:], strict=False)
+    ]

@@ -1,0 +1,201 @@
+"""The target's step loop: take what has arrived, compute one forward pass, ask the sampler, commit.
+
+Runs on the engine thread and owns the engine, the slots and the sessions. It never waits for a draft: a step verifies
+the proposals that are there, down to none.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from services.verifier import policy
+from services.verifier.sampler_client import SamplerClient
+from services.verifier.session import TargetSession
+from shared.engine.interface import Chunk, Engine
+from shared.engine.slots import SlotTable
+from shared.messages import Close, Commit, FinishReason, Limits, Message, OpenTarget, Proposal
+from shared.service import monotonic_us
+from shared.settings import VerifierSettings
+
+Emit = Callable[[Sequence[Message]], None]
+
+
+class Stepper:
+    """See the module's docstring.
+
+    Args:
+        emit: sends messages to the router; called once a step.
+    """
+
+    def __init__(self, engine: Engine, sampler: SamplerClient, settings: VerifierSettings, emit: Emit) -> None:
+        self._engine = engine
+        self._sampler = sampler
+        self._emit = emit
+        self._n_max = settings.n_max
+        self._n_batch = engine.info.n_batch
+        # A chunk must fit beside the rows of every decoding session, or prompts could starve.
+        reserved = engine.info.n_slots * (settings.n_max + 1)
+        self._prefill_chunk = max(1, min(settings.prefill_chunk, self._n_batch - reserved))
+        self._slots = SlotTable(engine.info.n_slots)
+        self._waiting: deque[TargetSession] = deque()
+        self._running: dict[int, TargetSession] = {}
+        self._out: list[Message] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    @property
+    def n_sessions(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def receive(self, message: Any) -> None:
+        """Take in an OpenTarget, Proposal or Close."""
+        if isinstance(message, Proposal):
+            session = self._running.get(message.session)
+            if session is not None and max(message.tokens) < self._engine.info.n_vocab:
+                session.offer(message)
+        elif isinstance(message, OpenTarget):
+            self._open(message)
+        elif isinstance(message, Close):
+            self._cancel(message.session)
+
+    def forget_all(self) -> None:
+        """Drop every session: the router that knew them is gone."""
+        ids = [s.id for s in self._waiting] + list(self._running)
+        self._waiting.clear()
+        for session in list(self._running.values()):
+            self._release(session)
+        self._sampler.close(ids)
+
+    def step(self) -> None:
+        """One forward pass for whoever is ready, its verdicts and commits."""
+        self._admit()
+        sessions = list(self._running.values())
+        shares = policy.plan([self._ready(s) for s in sessions], self._n_batch, self._prefill_chunk)
+        chunks: list[Chunk] = []
+        taking_part: list[tuple[TargetSession, policy.Share]] = []
+        for session, share in zip(sessions, shares, strict=True):
+            if share.pending == 0:
+                continue
+            committed = session.prefix.tokens[session.cached : session.cached + share.pending]
+            proposed = [p.token for p in session.proposals(share.n_proposals)]
+            rows = share.n_proposals + 1 if share.final else 0
+            chunks.append(Chunk(session.slot, session.cached, np.array(committed + proposed, np.int32), rows))
+            taking_part.append((session, share))
+        started = monotonic_us()
+        logits = self._engine.forward(chunks)
+        deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
+        question = self._sampler.question(deciding, logits) if deciding else None
+        computed = monotonic_us()
+        for session, share in taking_part:
+            session.cached += share.pending
+            if session.first_commit_us:
+                session.counters.verify_us += computed - started
+            else:
+                session.counters.prefill_us += computed - started
+        if question is not None:
+            verdicts = self._sampler.ask(question, [s for s, _ in deciding], logits)
+            decided = monotonic_us()
+            exchange_us, sample_us = decided - computed, self._sampler.sample_us
+            for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
+                session.counters.full_rows += verdict.full_rows
+                if session.first_commit_us:
+                    session.counters.sample_us += sample_us
+                    session.counters.wire_us += max(0, exchange_us - sample_us)
+                    session.count_round(n_proposals, min(verdict.n_accepted, n_proposals))
+                else:
+                    session.first_commit_us = decided
+                    if n_proposals:
+                        session.count_round(n_proposals, min(verdict.n_accepted, n_proposals))
+                session.cached += min(verdict.n_accepted, n_proposals)
+                self._commit(session, verdict.tokens, verdict.n_accepted, verdict.finish)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what has been gathered for the router."""
+        if self._out:
+            self._emit(self._out)
+            self._out = []
+
+    def _open(self, message: OpenTarget) -> None:
+        room = self._engine.info.n_ctx - len(message.tokens)
+        limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
+        n_max = min(self._n_max, message.n_max)
+        session = TargetSession(message.session, message.tokens, message.sampling, limits, n_max, monotonic_us())
+        self._waiting.append(session)
+
+    def _admit(self) -> None:
+        while self._waiting:
+            session = self._waiting[0]
+            prompt = np.array(session.prefix.tokens, np.int32)
+            placement = self._slots.acquire(session.id, prompt)
+            if placement is None:
+                return
+            self._waiting.popleft()
+            if placement.reuse_slot != placement.slot:
+                self._engine.copy_prefix(placement.reuse_slot, placement.slot, placement.reuse_length)
+            else:
+                self._engine.truncate(placement.slot, placement.reuse_length)
+            session.slot = placement.slot
+            session.cached = session.counters.n_cached = placement.reuse_length
+            session.counters.queue_us = monotonic_us() - session.opened_us
+            self._running[session.id] = session
+            self._sampler.open(session)
+
+    def _ready(self, session: TargetSession) -> policy.Ready:
+        generated = len(session.prefix) - session.n_prompt
+        return policy.Ready(
+            session.pending, session.cached, len(session.chain), session.n_max, session.limits.max_tokens - generated
+        )
+
+    def _commit(self, session: TargetSession, tokens: Sequence[int], n_accepted: int, finish: FinishReason) -> None:
+        start, prefix_hash = len(session.prefix), session.prefix.hash
+        session.commit(tokens)
+        if start == session.n_prompt:
+            self._slots.record(session.id, np.array(session.prefix.tokens[:start], np.int32))
+        self._out.append(
+            Commit(
+                session.id,
+                start,
+                prefix_hash,
+                tuple(tokens),
+                n_accepted,
+                session.known,
+                finish,
+                session.stats(monotonic_us()) if finish else None,
+            )
+        )
+        if finish:
+            self._release(session)
+            self._sampler.close([session.id])
+
+    def _cancel(self, session_id: int) -> None:
+        session = self._running.get(session_id)
+        if session is not None:
+            self._commit(session, (), 0, "cancelled")
+            return
+        for session in self._waiting:
+            if session.id == session_id:
+                self._waiting.remove(session)
+                self._out.append(
+                    Commit(
+                        session_id,
+                        len(session.prefix),
+                        session.prefix.hash,
+                        (),
+                        0,
+                        session.known,
+                        "cancelled",
+                        session.stats(monotonic_us()),
+                    )
+                )
+                return
+
+    def _release(self, session: TargetSession) -> None:
+        self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
+        del self._running[session.id]
