@@ -95,6 +95,7 @@ class RouterConnection:
         if message.code == UNKNOWN_PEER:
             if self.connected:
                 self.connected = False
+                self._on_router_lost("the router has forgotten this peer")
                 self._introduce()
         elif message.code in REFUSED:
             raise SettingsError(message.message, message.remedy, message.code)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -165,7 +165,7 @@ def load_settings(
         if not separator:
             raise SettingsError(f"--set {override}: not of the form section.key=value")
         _set(table, key.split("."), text, f"--set {override}")
-    return cast(Settings, _build(Settings, table, source, ""))
+    return cast(Settings, _build(Settings(), table, source, ""))
 
 
 def _set(table: dict[str, Any], keys: list[str], text: str, source: str) -> None:
@@ -181,21 +181,24 @@ def _set(table: dict[str, Any], keys: list[str], text: str, source: str) -> None
     table[keys[-1]] = value
 
 
-def _build(cls: type, table: Any, source: str, prefix: str) -> Any:
+def _build(defaults: Any, table: Any, source: str, prefix: str) -> Any:
+    """`defaults`, an instance of a settings class, with what the table says instead."""
     if not isinstance(table, dict):
         raise SettingsError(f"{source}: {prefix.rstrip('.') or 'the top level'} must be a table")
-    hints = get_type_hints(cls, include_extras=True)
-    known = {f.name for f in fields(cls)}
+    hints = get_type_hints(type(defaults), include_extras=True)
+    known = {f.name for f in fields(defaults)}
     for key in table:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             remedy = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
             raise SettingsError(f"{source}: unknown key {prefix}{key}", remedy)
-    values = {key: _value(hints[key], value, source, prefix + key) for key, value in table.items()}
-    return cls(**values)
+    values = {
+        key: _value(hints[key], getattr(defaults, key), value, source, prefix + key) for key, value in table.items()
+    }
+    return replace(defaults, **values)
 
 
-def _value(hint: Any, value: Any, source: str, key: str) -> Any:
+def _value(hint: Any, default: Any, value: Any, source: str, key: str) -> Any:
     number: Any = value
     bounds: Range | None = None
     if get_origin(hint) is Annotated:
@@ -203,14 +206,15 @@ def _value(hint: Any, value: Any, source: str, key: str) -> Any:
         bounds = next((mark for mark in marks if isinstance(mark, Range)), None)
     origin, arguments = get_origin(hint), get_args(hint)
     if is_dataclass(hint):
-        return _build(cast(type, hint), value, source, key + ".")
+        return _build(default, value, source, key + ".")
     if origin is dict:
         if not isinstance(value, dict):
             raise SettingsError(f"{source}: {key} must be a table")
         for name in value:
             if not _is_name(name):
                 raise SettingsError(f"{source}: {key}.{name}: names are letters, digits, '-' and '_', at most 40")
-        return {name: _value(arguments[1], entry, source, f"{key}.{name}") for name, entry in value.items()}
+        # Each entry is a table of its own, with the defaults of its class.
+        return {name: _build(arguments[1](), entry, source, f"{key}.{name}.") for name, entry in value.items()}
     if origin is Literal:
         if value not in arguments:
             raise SettingsError(f"{source}: {key} is {value!r}", f"one of {', '.join(map(repr, arguments))}")
@@ -218,9 +222,9 @@ def _value(hint: Any, value: Any, source: str, key: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise SettingsError(f"{source}: {key} must be a list")
-        return tuple(_value(arguments[0], entry, source, f"{key}[{i}]") for i, entry in enumerate(value))
+        return tuple(_value(arguments[0], None, entry, source, f"{key}[{i}]") for i, entry in enumerate(value))
     if origin in (Union, types.UnionType):
-        return _value(arguments[0], value, source, key)
+        return _value(arguments[0], default, value, source, key)
     accepted: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
     if not isinstance(value, accepted[hint]) or (isinstance(value, bool) and hint is not bool):
         raise SettingsError(f"{source}: {key} is {value!r}", f"it must be of type {hint.__name__}")

@@ -11,6 +11,7 @@ nothing else, whatever the bytes.
 from __future__ import annotations
 
 import math
+import reprlib
 import sys
 import types
 import typing
@@ -76,12 +77,12 @@ def decode(frames: Sequence[Frame]) -> Message:
     version, name, values = parsed
     if type(version) is not int or version != PROTOCOL_VERSION:
         raise WireError(
-            f"protocol version {version!r:.40} instead of {PROTOCOL_VERSION}",
+            f"protocol version {_shown(version)} instead of {PROTOCOL_VERSION}",
             "run the same Draftwire version on all hosts",
         )
     schema = _BY_NAME.get(name) if isinstance(name, str) else None
     if schema is None:
-        raise WireError(f"unknown message type {name!r:.60}")
+        raise WireError(f"unknown message type {_shown(name)}")
     return typing.cast(Message, schema.build(values, frames))
 
 
@@ -118,19 +119,28 @@ class _Schema:
         return self.cls(*arguments)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = 60
+
+
+def _shown(value: Any) -> str:
+    """A refused value for people. Whatever its size and depth (a plain repr of a deep one raises RecursionError)."""
+    return _REPR.repr(value)[:60]
+
+
 def _array(mark: Array, shape: Any, frame: Frame) -> Any:
     if type(shape) is not tuple or len(shape) != mark.ndim:
-        raise WireError(f"a shape of {mark.ndim} dimensions expected, got {shape!r:.60}")
+        raise WireError(f"a shape of {mark.ndim} dimensions expected, got {_shown(shape)}")
     size = 1
     for extent in shape:
         if type(extent) is not int or extent < 0:
-            raise WireError(f"not a shape: {shape!r:.60}")
+            raise WireError(f"not a shape: {_shown(shape)}")
         size *= extent
     if size > mark.max_size or any(extent > mark.max_size for extent in shape):
-        raise WireError(f"at most {mark.max_size} elements, the shape {shape!r:.60} has {size}")
+        raise WireError(f"at most {mark.max_size} elements, the shape {_shown(shape)} has {size}")
     n_bytes = size * np.dtype(mark.dtype).itemsize
     if len(frame) != n_bytes:
-        raise WireError(f"{mark.dtype} {shape!r:.60} takes {n_bytes} bytes, the frame has {len(frame)}")
+        raise WireError(f"{mark.dtype} {_shown(shape)} takes {n_bytes} bytes, the frame has {len(frame)}")
     array = np.frombuffer(frame, mark.dtype).reshape(shape)
     if array.flags.writeable:
         array.flags.writeable = False
@@ -139,7 +149,7 @@ def _array(mark: Array, shape: Any, frame: Frame) -> Any:
 
 def _check_bool(value: Any) -> bool:
     if type(value) is not bool:
-        raise WireError(f"true or false expected, got {value!r:.60}")
+        raise WireError(f"true or false expected, got {_shown(value)}")
     return value
 
 
@@ -148,7 +158,7 @@ def _check_int(bounds: Range | None) -> Check:
 
     def check(value: Any) -> int:
         if type(value) is not int:
-            raise WireError(f"an integer expected, got {value!r:.60}")
+            raise WireError(f"an integer expected, got {_shown(value)}")
         if not low <= value <= high:
             raise WireError(f"an integer from {low} to {high} expected, got {value}")
         return value
@@ -161,7 +171,7 @@ def _check_float(bounds: Range | None) -> Check:
 
     def check(value: Any) -> float:
         if type(value) is not float and type(value) is not int:
-            raise WireError(f"a number expected, got {value!r:.60}")
+            raise WireError(f"a number expected, got {_shown(value)}")
         if not low <= value <= high:  # NaN fails too
             raise WireError(f"a number from {low} to {high} expected, got {value}")
         return float(value)
@@ -175,7 +185,7 @@ def _check_sized(kind: type[str] | type[bytes], bounds: Range | None, noun: str)
 
     def check(value: Any) -> Any:
         if not isinstance(value, kind):
-            raise WireError(f"{noun} expected, got {value!r:.60}")
+            raise WireError(f"{noun} expected, got {_shown(value)}")
         if not low <= len(value) <= high:
             raise WireError(f"{noun} of length {low} to {high} expected, got {len(value)}")
         return value
@@ -186,7 +196,7 @@ def _check_sized(kind: type[str] | type[bytes], bounds: Range | None, noun: str)
 def _check_literal(choices: tuple[Any, ...]) -> Check:
     def check(value: Any) -> Any:
         if type(value) is not str or value not in choices:
-            raise WireError(f"one of {', '.join(map(repr, choices))} expected, got {value!r:.60}")
+            raise WireError(f"one of {', '.join(map(repr, choices))} expected, got {_shown(value)}")
         return value
 
     return check
@@ -197,7 +207,7 @@ def _check_tuple(item: Check, bounds: Range | None) -> Check:
 
     def check(value: Any) -> tuple[Any, ...]:
         if type(value) is not tuple:
-            raise WireError(f"a list expected, got {value!r:.60}")
+            raise WireError(f"a list expected, got {_shown(value)}")
         if not low <= len(value) <= high:
             raise WireError(f"a list of length {low} to {high} expected, got {len(value)}")
         return tuple([item(entry) for entry in value])
@@ -208,7 +218,7 @@ def _check_tuple(item: Check, bounds: Range | None) -> Check:
 def _check_record(items: list[Check]) -> Check:
     def check(value: Any) -> tuple[Any, ...]:
         if type(value) is not tuple or len(value) != len(items):
-            raise WireError(f"a list of {len(items)} expected, got {value!r:.60}")
+            raise WireError(f"a list of {len(items)} expected, got {_shown(value)}")
         return tuple([item(entry) for item, entry in zip(items, value, strict=True)])
 
     return check
@@ -219,7 +229,7 @@ def _check_dataclass(cls: type) -> Check:
 
     def check(value: Any) -> Any:
         if type(value) is not tuple or len(value) != len(checks):
-            raise WireError(f"{cls.__name__} has {len(checks)} fields, got {value!r:.60}")
+            raise WireError(f"{cls.__name__} has {len(checks)} fields, got {_shown(value)}")
         arguments = []
         for (name, item), entry in zip(checks, value, strict=True):
             try:

@@ -1,0 +1,146 @@
+"""A fleet of real processes for the pipeline tests, and what they ask of it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.settings import load_settings
+from tools.fleet import Gateway, find_gateway, router_status
+
+START_S = 120
+N_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a client got: the tokens, the text, and the figures of the last event."""
+
+    tokens: tuple[int, ...]
+    text: str
+    final: dict[str, Any]
+
+
+class Process:
+    """A child process whose output lines can be waited for."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tools.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            self._queue.put(line)
+        self._queue.put(None)
+
+    def wait_for(self, text: str) -> str:
+        """The next line with this text; fails when the process ends, or says nothing for too long."""
+        while True:
+            line = self._queue.get(timeout=START_S)
+            if line is None:
+                pytest.fail(f"the process ended before it said {text!r}:\n{''.join(self.lines[-30:])}")
+            if text in line:
+                return line
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait(30)
+
+    def stop(self) -> int:
+        """SIGTERM, and wait for the end; returns the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        finally:
+            self._reader.join(10)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        return status
+
+
+class Fleet:
+    """A running `draftwire up`, and draft workers started beside it."""
+
+    def __init__(self, run_dir: Path, overrides: Sequence[str]) -> None:
+        self.overrides = ["gateway.port=0", *overrides]
+        self.run_dir = run_dir
+        self.settings = load_settings(None, [*self.overrides, f'run_dir="{run_dir}"'], {})
+        self.process = Process(["up", *self._options()])
+        self.process.wait_for(": ready after")
+        self.gateway = Gateway(find_gateway(self.settings), 120)
+
+    def _options(self) -> list[str]:
+        return ["--run-dir", str(self.run_dir), *(part for o in self.overrides for part in ("--set", o))]
+
+    def start_draft(self, instance: str, *overrides: str) -> Process:
+        """A draft worker that the test owns; returns when the router has registered it."""
+        options = [part for o in overrides for part in ("--set", o)]
+        draft = Process(["service", "draft", "--instance", instance, *self._options(), *options])
+        draft.wait_for("router_connected")
+        return draft
+
+    def complete(self, prompt: str, **fields: Any) -> Completion:
+        """One streamed completion of N_TOKENS tokens."""
+        return collect(self.stream(prompt, **fields))
+
+    def stream(self, prompt: str, **fields: Any) -> Iterator[dict[str, Any]]:
+        body = {"prompt": prompt, "n_predict": N_TOKENS, "stream": True, "return_tokens": True, "ignore_eos": True}
+        return self.gateway.stream("/completion", {**body, **fields})
+
+    def status(self) -> Any:
+        return router_status(self.settings, 5)
+
+    def stop(self) -> int:
+        return self.process.stop()
+
+
+def collect(events: Iterator[dict[str, Any]]) -> Completion:
+    """All events of a stream as one completion."""
+    tokens: list[int] = []
+    text: list[str] = []
+    event: dict[str, Any] = {}
+    for event in events:
+        if not event["stop"]:
+            tokens.extend(event["tokens"])
+        text.append(event["content"])
+    return Completion(tuple(tokens), "".join(text), event)
+
+
+@contextmanager
+def running_fleet(*overrides: str) -> Iterator[Fleet]:
+    """A fleet in a run directory of its own (short: socket paths are limited), stopped and checked at the end."""
+    with tempfile.TemporaryDirectory(prefix="dw-") as run_dir:
+        fleet = Fleet(Path(run_dir), overrides)
+        try:
+            yield fleet
+        finally:
+            status = fleet.stop()
+        assert status == 0, "".join(fleet.process.lines[-30:])

@@ -1,0 +1,159 @@
+"""The text depends on the target and the seed alone, whatever drafts, however far ahead, and whatever dies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.pipeline.fleet import N_TOKENS, Completion, Fleet, Process, collect, running_fleet
+
+pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(900)]
+
+NUMPY_TARGET = (
+    "verifier.engine.engine=numpy",
+    "verifier.engine.n_slots=4",
+    "verifier.engine.n_ctx=512",
+    "verifier.engine.n_batch=160",
+    "verifier.n_max=16",
+    "verifier.prefill_chunk=64",
+)
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.8},
+}
+CONCURRENT = 3
+
+Texts = dict[tuple[str, int], Completion]
+
+
+def run_all(fleet: Fleet, prompts: list[str], complete: Callable[..., Completion], **fields: Any) -> Texts:
+    """Every prompt in every mode, a few at a time, so that steps hold rows of several sessions."""
+    jobs = [(mode, index) for index in range(len(prompts)) for mode in MODES]
+
+    def run(job: tuple[str, int]) -> Completion:
+        mode, index = job
+        return complete(fleet, prompts[index], **MODES[mode], seed=1000 + index, **fields)
+
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        return dict(zip(jobs, pool.map(run, jobs), strict=True))
+
+
+def complete(fleet: Fleet, prompt: str, **fields: Any) -> Completion:
+    return fleet.complete(prompt, **fields)
+
+
+def proposed(texts: Texts) -> int:
+    return sum(c.final["timings"]["draft_n"] for c in texts.values())
+
+
+def accepted(texts: Texts) -> int:
+    return sum(c.final["timings"]["draft_n_accepted"] for c in texts.values())
+
+
+def assert_same(texts: Texts, plain: Texts) -> None:
+    for job, completion in texts.items():
+        assert completion.tokens == plain[job].tokens, job
+        assert completion.text == plain[job].text, job
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    drafts = ("draft.model.engine.threads=1", "draft.ngram.drafter=ngram", "draft.garbage.drafter=garbage")
+    with running_fleet(*NUMPY_TARGET, *drafts, "router.window=16") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(fleet: Fleet, prompts: list[str]) -> Texts:
+    """What the target writes by itself."""
+    texts = run_all(fleet, prompts, complete, draft="none")
+    assert proposed(texts) == 0
+    assert all(len(c.tokens) == N_TOKENS for c in texts.values())
+    return texts
+
+
+@pytest.mark.parametrize("n_max", [1, 4, 16])
+def test_model_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts, n_max: int) -> None:
+    """With the model drafting, and up to n_max proposals a step, the text is the target's own."""
+    texts = run_all(fleet, prompts, complete, draft="model", **{"speculative.n_max": n_max})
+    assert_same(texts, plain)
+    assert accepted(texts) > 0.2 * N_TOKENS * len(texts) * min(n_max, 2) / 2
+
+
+def test_ngram_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts) -> None:
+    """With prompt lookup drafting, the text is the target's own."""
+    texts = run_all(fleet, prompts, complete, draft="ngram", **{"speculative.n_max": 4})
+    assert_same(texts, plain)
+    assert accepted(texts) > 0
+
+
+def test_garbage_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts) -> None:
+    """With a worker that floods the verifier with random tokens, the text is the target's own.
+
+    Most of them come too late: the target's own token has contradicted them before a step could verify them.
+    """
+    texts = run_all(fleet, prompts, complete, draft="garbage", **{"speculative.n_max": 4})
+    assert_same(texts, plain)
+    stale = sum(c.final["draftwire"]["n_stale"] for c in texts.values())
+    assert proposed(texts) + stale > N_TOKENS * len(texts)
+    assert accepted(texts) < 0.1 * (proposed(texts) + stale)
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_window_changes_nothing(prompts: list[str], plain: Texts, window: int) -> None:
+    """However far the draft may run ahead, the text is the target's own."""
+    with running_fleet(*NUMPY_TARGET, "draft.model.engine.threads=1", f"router.window={window}") as other:
+        texts = run_all(other, prompts, complete, draft="model")
+    assert_same(texts, plain)
+    assert accepted(texts) > 0
+
+
+def test_killed_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts) -> None:
+    """A draft worker killed in mid-generation costs no token and changes none; the next worker goes on."""
+    workers: list[Process] = []
+    changes = 0
+    survivor = fleet.start_draft("survivor", "draft.survivor.engine.threads=1")
+    try:
+        for (mode, index), expected in plain.items():
+            victim = fleet.start_draft("victim", "draft.victim.engine.threads=1")
+            workers.append(victim)
+            events = fleet.stream(prompts[index], **MODES[mode], seed=1000 + index, draft="victim")
+            completion = collect(killing(victim, events, after=3 + index % 5))
+            assert completion.tokens == expected.tokens, (mode, index)
+            assert completion.text == expected.text
+            assert completion.final["draftwire"]["worker"] == "victim"
+            changes += completion.final["draftwire"]["worker_changes"]
+            victim.stop()
+    finally:
+        for worker in [survivor, *workers]:
+            worker.stop()
+    assert changes == 0  # pinned to its worker, a session goes on without a draft
+
+
+def killing(victim: Process, events: Iterator[dict[str, Any]], after: int) -> Iterator[dict[str, Any]]:
+    """Pass events on and kill the worker after some of them."""
+    for count, event in enumerate(events):
+        if count == after:
+            victim.kill()
+        yield event
+
+
+def test_killed_draft_is_replaced(prompts: list[str], plain: Texts) -> None:
+    """When the worker of an unpinned session is killed, another one takes over in mid-generation."""
+    with running_fleet(*NUMPY_TARGET, "draft={}", "router.window=16") as bare:
+        workers = {name: bare.start_draft(name, f"draft.{name}.engine.threads=1") for name in ("first", "second")}
+        try:
+            events = bare.stream(prompts[0], **MODES["greedy"], seed=1000, n_predict=400)
+            head = [next(events)]
+            (busy,) = [peer.instance for peer in bare.status().peers if peer.role == "draft" and peer.n_sessions]
+            workers[busy].kill()
+            completion = collect(iter([*head, *events]))
+        finally:
+            for worker in workers.values():
+                worker.stop()
+    assert completion.tokens[:N_TOKENS] == plain["greedy", 0].tokens
+    assert completion.final["draftwire"]["worker"] == ({*workers} - {busy}).pop()
+    assert completion.final["draftwire"]["worker_changes"] == 1

@@ -1,0 +1,141 @@
+"""`draftwire doctor`: what it finds, and what it advises."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.engine.interface import EngineSettings
+from shared.settings import DraftSettings, GatewaySettings, Settings, VerifierSettings
+from tools import doctor
+from tools.doctor import Finding, check_cores, check_fleet, check_memory, check_models, check_sockets, examine
+
+
+def by_name(findings: object) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}  # type: ignore[attr-defined]
+
+
+def test_default_configuration_passes(tmp_path: Path) -> None:
+    """In a working installation nothing is FAIL, and every finding that is not OK has a remedy."""
+    findings = list(examine(None, [f'run_dir="{tmp_path}/run"', "gateway.port=0"]))
+    assert [finding for finding in findings if finding.level == "FAIL"] == []
+    assert all(finding.remedy for finding in findings if finding.level != "OK")
+    assert {"python", "packages", "settings", "model target", "vocabulary model", "run directory"} <= set(
+        by_name(findings)
+    )
+
+
+def test_json_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--json prints all findings; the exit status says whether any is FAIL."""
+    overrides = [f'run_dir="{tmp_path}/run"', "gateway.port=0"]
+    assert doctor.run_doctor(None, overrides, as_json=True) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert {"name": "settings", "level": "OK", "detail": "defaults (no --config)", "remedy": ""} in answer["checks"]
+    assert doctor.run_doctor(None, [*overrides, "gateway.prot=1"], as_json=True) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is False
+    assert answer["checks"][-1]["level"] == "FAIL"
+    assert "did you mean gateway.port?" in answer["checks"][-1]["remedy"]
+
+
+def test_remedies_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people: a line for each thing, its remedy below, a count at the end."""
+    assert doctor.run_doctor(None, ["log_level=loud"], as_json=False) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = next(i for i, line in enumerate(lines) if line.startswith("FAIL"))
+    assert "log_level is 'loud'" in lines[failed]
+    assert "one of 'debug'" in lines[failed + 1]
+    assert "1 failed" in lines[-1]
+
+
+def test_missing_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that cannot be imported is FAIL with the command that installs it; nothing after it is tried."""
+    monkeypatch.setitem(sys.modules, "msgpack", None)
+    findings = list(examine())
+    failed = [finding for finding in findings if finding.level == "FAIL"]
+    assert [finding.remedy for finding in failed] == ["pip install --upgrade msgpack"]
+    assert "settings" not in by_name(findings)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda _path: None, "there is no model file"),
+        (lambda path: path.write_bytes(b"GGUF\x03\x00"), "ends inside its header"),
+        (lambda path: path.write_text("not a model"), "is not a GGUF"),
+    ],
+    ids=["missing", "truncated", "other"],
+)
+def test_model_that_cannot_be_read(tmp_path: Path, make: object, expected: str) -> None:
+    """A missing, truncated or foreign target file is FAIL with a remedy; the draft's check goes on."""
+    path = tmp_path / "model.gguf"
+    make(path)  # type: ignore[operator]
+    settings = Settings(verifier=VerifierSettings(engine=EngineSettings(model=str(path))))
+    findings = by_name(check_models(settings))
+    assert findings["model target"].level == "FAIL"
+    assert expected in findings["model target"].detail
+    assert findings["model target"].remedy
+    assert findings["model draft model"].level == "OK"
+
+
+def test_draft_with_another_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft that the router would refuse is FAIL before anything runs."""
+    monkeypatch.setattr(doctor, "_model", lambda name: (1, name.replace("embedded:", "") * 3, "a model"))
+    finding = by_name(check_models(Settings()))["vocabulary model"]
+    assert finding.level == "FAIL"
+    assert "not the target's" in finding.detail
+    assert "draft.model.drafter" in finding.remedy
+
+
+def test_drafts_without_a_model() -> None:
+    """An n-gram draft needs no model; no draft at all is worth a warning."""
+    ngram = by_name(check_models(Settings(draft={"lookup": DraftSettings(drafter="ngram")})))
+    assert ngram["draft lookup"].level == "OK"
+    assert "vocabulary lookup" not in ngram
+    assert by_name(check_models(Settings(draft={})))["drafts"].level == "WARN"
+
+
+def test_memory_and_cores() -> None:
+    """Models larger than the free memory, and a single core, are warnings."""
+    assert check_memory(10, 20).level == "OK"
+    assert check_memory(20, 10).level == "WARN"
+    assert check_memory(20, None).level == "WARN"
+    assert check_cores(1).level == "WARN"
+    assert check_cores(2).level == "OK"
+
+
+def test_run_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    """A run directory under a file is FAIL; one that is to be created is OK and is not created by looking."""
+    (tmp_path / "file").write_text("")
+    assert by_name(check_sockets(Settings(run_dir=str(tmp_path / "file/run"))))["run directory"].level == "FAIL"
+    assert by_name(check_sockets(Settings(run_dir=str(tmp_path / "new"))))["run directory"].level == "OK"
+    assert not (tmp_path / "new").exists()
+    too_long = by_name(check_sockets(Settings(run_dir=str(tmp_path / ("x" * 100)))))
+    assert too_long["sockets"].level == "FAIL"
+
+
+def test_port_that_is_taken(tmp_path: Path) -> None:
+    """A gateway port that another program holds is FAIL and says how to take another."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        settings = Settings(run_dir=str(tmp_path), gateway=GatewaySettings(port=port))
+        finding = by_name(check_fleet(settings))["gateway port"]
+    assert finding.level == "FAIL"
+    assert "in use" in finding.detail
+    assert "gateway.port" in finding.remedy
+    assert by_name(check_fleet(settings))["gateway port"].level == "OK"
+
+
+def test_dead_router_is_no_fleet(tmp_path: Path) -> None:
+    """A socket file that nobody serves any more counts as no running fleet, soon."""
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "router.sock"))
+    finding = by_name(check_fleet(Settings(run_dir=str(tmp_path), gateway=GatewaySettings(port=0))))["fleet"]
+    assert (finding.level, finding.detail) == ("OK", "none is running in this run directory")

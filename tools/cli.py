@@ -1,0 +1,378 @@
+"""The `draftwire` command: what a person types, and what systemd runs.
+
+Commands import what they need when they run, so that `--help` answers at once. Invariant: an expected error is one
+line on stderr and an exit status, never a traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from shared.errors import DraftwireError, ModelError, SettingsError
+
+if TYPE_CHECKING:
+    from shared.settings import Settings
+
+SERVICES = ("gateway", "tokenizer", "router", "draft", "verifier", "sampler")
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+app = typer.Typer(
+    name="draftwire",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=_CONTEXT,
+)
+bench_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=_CONTEXT)
+app.add_typer(bench_app, name="bench")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="DRAFTWIRE_CONFIG",
+        metavar="FILE",
+        help="TOML file with this host's settings; none: defaults.",
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override one setting; may be given again."),
+]
+RunDirOption = Annotated[
+    Path | None,
+    typer.Option("--run-dir", metavar="DIR", help="Private directory of this fleet's sockets (the setting run_dir)."),
+]
+
+
+def _overrides(overrides: list[str] | None, run_dir: Path | None) -> list[str]:
+    result = list(overrides or ())
+    if run_dir is not None:
+        result.append(f"run_dir={json.dumps(str(run_dir))}")
+    return result
+
+
+def _settings(config: Path | None, overrides: list[str] | None, run_dir: Path | None) -> Settings:
+    from shared.settings import load_settings
+
+    return load_settings(config, _overrides(overrides, run_dir))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from shared.service import version
+
+        typer.echo(f"draftwire {version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve large quantized MoE language models faster: speculative decoding over the network.
+
+    Draft workers propose tokens, one target verifier checks whole runs of them in a single forward pass. What comes
+    out depends on the target and the seed alone.
+
+    \b
+    Examples:
+      draftwire demo                               see it work, in half a minute
+      draftwire up                                 run the whole fleet here, until Ctrl-C
+      draftwire generate "def fibonacci(n):"       ask the running fleet (in another terminal)
+      draftwire doctor                             what is missing on this machine?
+    """
+
+
+@app.command()
+def up(config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDirOption = None) -> None:
+    """Run the whole fleet here until Ctrl-C.
+
+    Starts sampler, tokenizer, router, verifier, one process for each draft worker, and the gateway; restarts what
+    dies; on Ctrl-C lets running generations end, then stops everything. Log lines (JSON) go to stdout, what the
+    supervisor has to say to stderr.
+
+    \b
+    Examples:
+      draftwire up                                              the embedded pair, port 8080
+      draftwire up --set gateway.port=0 --run-dir /tmp/second   a second fleet beside it
+      draftwire up --set verifier.engine.model=big.gguf --set draft.small.engine.model=small.gguf
+      draftwire up --set draft.lookup.drafter=ngram             draft by prompt lookup
+      draftwire up --config draftwire.toml >> draftwire.log
+    """
+    import asyncio
+
+    from tools.fleet import is_serving
+    from tools.supervisor import Supervisor
+
+    settings = _settings(config, overrides, run_dir)
+    settings.endpoint("tokenizer")  # an endpoint that cannot be is one line now instead of one from each child
+    changes = _overrides(overrides, run_dir)
+    supervisor = Supervisor(settings, config, changes, serving=lambda: is_serving(settings))
+    status = asyncio.run(supervisor.run())
+    raise typer.Exit(status)
+
+
+@app.command()
+def service(
+    name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(SERVICES)}.")],
+    instance: Annotated[
+        str, typer.Option("--instance", "-i", metavar="X", help="Its own name; of a draft worker, its [draft.X] table.")
+    ] = "",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+    supervisor: Annotated[int | None, typer.Option("--supervisor", hidden=True)] = None,
+) -> None:
+    """Run one service in the foreground.
+
+    For systemd, for several hosts, and for looking at one process. Ends on SIGTERM after a drain. Exit status 78
+    means that starting again cannot help (settings, model file).
+
+    \b
+    Examples:
+      draftwire service router
+      draftwire service verifier --config /etc/draftwire/draftwire.toml
+      draftwire service draft --instance model
+    """
+    if supervisor is not None:
+        from tools.supervisor import end_with_supervisor
+
+        end_with_supervisor(supervisor)
+    if name not in SERVICES:
+        raise SettingsError(f"there is no service {name!r}", f"one of {', '.join(SERVICES)}")
+    settings = _settings(config, overrides, run_dir)
+    if name == "draft":
+        instance = _draft_instance(settings, instance)
+    from shared.service import run_service
+
+    module = importlib.import_module(f"services.{name}.service")
+    raise typer.Exit(run_service(module.SERVICE, settings, instance))
+
+
+def _draft_instance(settings: Settings, instance: str) -> str:
+    known = ", ".join(settings.draft) or "none"
+    if not instance and len(settings.draft) == 1:
+        return next(iter(settings.draft))
+    if not instance:
+        raise SettingsError("which draft worker?", f"give --instance; configured: {known}")
+    if instance not in settings.draft:
+        raise SettingsError(
+            f"there is no draft worker {instance!r} in the settings",
+            f"configured: {known}; add a [draft.{instance}] table",
+        )
+    return instance
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text to continue; "-" reads it from stdin.')],
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy; default 0.8.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=0, help="Keep the K likeliest tokens; 0: all.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this probability."),
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            "--min-p", min=0.0, max=1.0, help="Drop tokens below this share of the likeliest one's probability."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="With the target, all that the text depends on.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")] = 128,
+    draft: Annotated[
+        str,
+        typer.Option("--draft", metavar="auto|none|NAME", help="Who drafts: the router's choice, nobody, a worker."),
+    ] = "auto",
+    acceptance: Annotated[
+        str, typer.Option("--acceptance", metavar="coupled|rejection", help="The acceptance rule.")
+    ] = "coupled",
+    marks: Annotated[bool, typer.Option("--marks", help="Mark the tokens that the draft proposed.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the gateway's answer as JSON, when it is whole.")
+    ] = False,
+    url: Annotated[str, typer.Option("--url", metavar="URL", help="A gateway elsewhere, e.g. http://box:8080.")] = "",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Continue a prompt with the running fleet.
+
+    Text goes to stdout as it comes, one line of figures to stderr.
+
+    \b
+    Examples:
+      draftwire generate "def fibonacci(n):" --temperature 0
+      draftwire generate "def fibonacci(n):" --seed 7 --marks
+      draftwire generate - --draft none --json < prompt.txt
+    """
+    from tools.generate import GenerateOptions, run_generate
+
+    if acceptance not in ("coupled", "rejection"):
+        raise SettingsError(f"--acceptance is {acceptance!r}", "coupled or rejection")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    options = GenerateOptions(
+        prompt=text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        draft=draft,
+        acceptance=acceptance,
+    )
+    run_generate(_settings(config, overrides, run_dir), options, url=url, marks=marks, as_json=as_json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Instead of the bundled code.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the sampling.")] = 1,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")] = 96,
+    draft: Annotated[str, typer.Option("--draft", metavar="none|model|ngram", help="Who drafts.")] = "model",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="auto|ik|numpy", help="Engine of the target and of the draft model.")
+    ] = "auto",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """See it work, in half a minute.
+
+    Starts a fleet of its own, continues one prompt plainly and speculatively, shows both and what they cost, and
+    ends everything it started. Needs no GPU, no download and no running fleet.
+
+    \b
+    Examples:
+      draftwire demo
+      draftwire demo --temperature 0.8 --seed 7
+      draftwire demo --draft ngram --prompt "x = [1, 2, 3]"
+      draftwire demo --engine numpy --max-tokens 32        slower, and exact to the bit
+    """
+    from tools.demo import DemoOptions, run_demo
+
+    if draft not in ("none", "model", "ngram"):
+        raise SettingsError(f"--draft is {draft!r}", "none, model or ngram")
+    options = DemoOptions(prompt, temperature, seed, max_tokens, draft, engine)
+    raise typer.Exit(run_demo(options, config, list(overrides or ())))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Check this machine and configuration.
+
+    Prints OK, WARN or FAIL for each thing, with a remedy. Exit status 1 if anything is FAIL.
+
+    \b
+    Examples:
+      draftwire doctor
+      draftwire doctor --config /etc/draftwire/draftwire.toml
+      draftwire doctor --json | jq '.checks[] | select(.level != "OK")'
+    """
+    from tools.doctor import run_doctor
+
+    raise typer.Exit(run_doctor(config, _overrides(overrides, run_dir), as_json))
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure an engine, or the pipeline.
+
+    \b
+    Examples:
+      draftwire bench engine embedded:target
+    """
+
+
+@bench_app.command("engine")
+def bench_engine_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, embedded:target or embedded:draft.")],
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="auto|ik|numpy", help="Instead of verifier.engine.engine.")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache before each pass.")] = 256,
+    prefill: Annotated[int, typer.Option("--prefill", min=1, help="Length of the prompt.")] = 512,
+    decode: Annotated[int, typer.Option("--decode", min=1, help="Tokens decoded one at a time.")] = 32,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Measure passes of 1 to so many rows.")] = 16,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of everything.")] = 7,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure an engine alone: prefill, decode, and what n rows cost.
+
+    Every other engine setting (threads, cache types, ...) is taken from the table verifier.engine.
+
+    \b
+    Examples:
+      draftwire bench engine embedded:target
+      draftwire bench engine model.gguf --engine numpy --rows 8 --repeats 3
+      draftwire bench engine model.gguf --context 4096 --set verifier.engine.n_ctx=8192
+    """
+    import structlog
+
+    from tools.bench_engine import bench_engine, print_engine_bench
+
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the table
+    settings = replace(_settings(config, overrides, None).verifier.engine, model=model)
+    if engine is not None:
+        settings = replace(settings, engine=engine)
+    print_engine_bench(
+        bench_engine(
+            settings,
+            context=context,
+            prefill_tokens=prefill,
+            decode_tokens=decode,
+            rows=range(1, rows + 1),
+            repeats=repeats,
+        )
+    )
+
+
+def fail(error: DraftwireError) -> NoReturn:
+    """Print an error in one line and end with its status."""
+    from shared.service import EXIT_CONFIG
+
+    line = " ".join(str(error).split())
+    print(f"draftwire: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_CONFIG if isinstance(error, (SettingsError, ModelError)) else 1)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(prog_name="draftwire")
+    except DraftwireError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at exit
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
