@@ -406,7 +406,8 @@ class Supervisor:
         self._notify_change()
 
     def _hear(self, child: _Child) -> None:
-        if "READY=1" in child.heard() and child.ready_at is None and child.running:
+        # Not "and is running": a quick child is ready before its start has been reported to this process.
+        if "READY=1" in child.heard() and child.ready_at is None:
             child.ready_at = time.monotonic()
             self._say(f"{child.spec.label} is ready" + (" again" if child.n_starts > 1 else ""))
             self._notify_change()
@@ -443,6 +444,7 @@ class Supervisor:
     async def _run_once(self, child: _Child) -> int:
         """Start a child's process and wait for its end; its exit status, or minus the signal that killed it."""
         child.heard()  # what the process before this one has left
+        child.ready_at = None
         child.last_line = ""
         environment = {k: v for k, v in os.environ.items() if k not in ("WATCHDOG_USEC", "WATCHDOG_PID")}
         environment["NOTIFY_SOCKET"] = str(child.notify_path)

@@ -300,11 +300,11 @@ class RouterService(Service):
             if not message.finish:
                 self._send(verifier, Close(message.session))
             return
+        session.committed(message)  # first, so that a worker which takes over now gets these tokens too
         if session.draft is not None and not self._send(
             session.draft, Close(session.id) if message.finish else message
         ):
             self._lose(session.draft, "its connection is gone")
-        session.committed(message)
         alive = True
         if message.tokens:
             alive = self._send(session.gateway, Tokens(session.request.request, message.tokens, message.n_accepted))

@@ -29,7 +29,7 @@ class Session:
     decode_us: int = 0
 
     def assigned(self, worker: Peer) -> None:
-        if self.last_worker:
+        if self.last_worker not in ("", worker.hello.instance):
             self.worker_changes += 1
         self.last_worker = worker.hello.instance
         self.draft = worker

@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from shared.engine.interface import Float32, Int32
+from shared.errors import WireError
 from shared.messages import MAX_RUN, Limits, Proposal, TargetStats
 from shared.prefix import TokenPrefix, extend
+from shared.sampling.acceptance import ProposalDistribution
 from shared.sampling.params import SamplingParams
 
 _MAX_PARKED = 16
+_MAX_Q = 1024
+"""Most entries of one proposal's distribution."""
 
 Distribution = tuple[Int32, Float32]
 """A draft's sparse distribution for one token: ids [k] int32, probabilities [k] float32."""
@@ -110,8 +112,11 @@ class TargetSession:
             skip = committed - start
             if self.prefix.agreement(start, proposal.tokens) < skip:
                 return False
+        entries = self._entries(proposal)
+        if entries is None:
+            return False
         depth = start + skip - committed
-        new = _proposed(proposal)[skip:]
+        new = entries[skip:]
         same = 0
         for own, other in zip(self.chain[depth:], new, strict=False):
             if own.token != other.token:
@@ -125,6 +130,31 @@ class TargetSession:
             self.chain.append(proposed)
             self._chain_hashes.append(extend(self._chain_hashes[-1], proposed.token))
         return True
+
+    def _entries(self, proposal: Proposal) -> list[Proposed] | None:
+        """The proposed tokens, under rejection sampling with what they were drawn from; None where that is garbage.
+
+        Garbage must end here: the sampler would refuse the whole step for it.
+        """
+        counts = proposal.q_counts
+        if not counts or self.sampling.acceptance != "rejection" or self.sampling.greedy:
+            return [Proposed(token) for token in proposal.tokens]
+        n_entries = sum(counts)
+        if len(counts) != len(proposal.tokens) or not n_entries == len(proposal.q_ids) == len(proposal.q_probs):
+            return None
+        entries = []
+        end = 0
+        for token, count in zip(proposal.tokens, counts, strict=True):
+            start, end = end, end + count
+            if count > _MAX_Q:
+                return None
+            distribution = ProposalDistribution(proposal.q_ids[start:end], proposal.q_probs[start:end])
+            try:
+                distribution.check(token)
+            except WireError:
+                return None
+            entries.append(Proposed(token, (distribution.ids, distribution.probs)))
+        return entries
 
     def proposals(self, count: int) -> list[Proposed]:
         """The first `count` proposals, or as many as there are."""
@@ -179,13 +209,3 @@ class TargetSession:
             wire_us=c.wire_us,
             wait_us=max(0, decode_us - c.verify_us - c.sample_us - c.wire_us),
         )
-
-
-def _proposed(proposal: Proposal) -> list[Proposed]:
-    if not proposal.q_counts:
-        return [Proposed(token) for token in proposal.tokens]
-    bounds = np.cumsum((0, *proposal.q_counts)).tolist()
-    return [
-        Proposed(token, (proposal.q_ids[low:high], proposal.q_probs[low:high]))
-        for token, low, high in zip(proposal.tokens, bounds, bounds[1:], strict=False)
-    ]

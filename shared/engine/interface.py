@@ -27,7 +27,7 @@ class EngineSettings:
     n_ctx: tokens per slot; 0 takes the model's own context length, at most 4096.
     n_slots: sequences held at a time.
     n_batch: most rows of one forward pass.
-    threads: CPU threads; 0 takes the physical cores, at most 8.
+    threads: CPU threads; 0 takes half of the cores, at most 8, so that a target and a draft fit on one machine.
     flash_attention: off by default: with it, ik's logits depend on the batch.
     cache_type_k, cache_type_v: KV cache types, "f16", "q8_0" or "q4_0" (a quantized V needs flash attention).
     n_gpu_layers, n_cpu_moe, override_tensors ("regex=CPU"): as in llama-server, for CUDA builds of ik.

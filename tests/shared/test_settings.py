@@ -87,7 +87,7 @@ def test_overrides_are_toml_or_bare_words(tmp_path: Path) -> None:
     assert settings.run_dir == "/tmp/some where"
 
 
-def test_the_process_environment_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an environment given, os.environ counts."""
     monkeypatch.setenv("DRAFTWIRE_ROUTER__WINDOW", "3")
     assert load_settings().router.window == 3
@@ -167,7 +167,7 @@ def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
     """A path that is not there, a directory, and a file that is no text each give one clear line."""
     missing = tmp_path / "none.toml"
-    with pytest.raises(SettingsError, match="no configuration file .*none.toml"):
+    with pytest.raises(SettingsError, match=r"no configuration file .*none\.toml"):
         load_settings(missing, (), {})
     with pytest.raises(SettingsError, match=f"cannot read {tmp_path}"):
         load_settings(tmp_path, (), {})

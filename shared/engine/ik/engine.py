@@ -330,15 +330,11 @@ def context_params(settings: EngineSettings, architecture: str, n_cells: int, n_
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use, at most 8."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in cpus:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, min(8, len(cores)))
+    """Half of the cores that this process may use, 1 to 8: a target and a draft on one machine must not exceed them.
+
+    ik's threads spin while they wait for each other; with more of them than cores, a step takes 100 times as long.
+    """
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 2))
 
 
 def _check_settings(settings: EngineSettings, library: Library) -> None:
