@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import uvloop
 import zmq
 
-from shared import logs, wire
+from shared import logs, trace, wire
 from shared.errors import DraftwireError, ModelError, SettingsError, WireError
 from shared.messages import Error, Message
 from shared.settings import Settings
@@ -319,6 +319,8 @@ class Service(ABC):
     # -- its life --
 
     async def _run(self) -> int:
+        if self.settings.trace_dir:
+            trace.start()
         self.loop = asyncio.get_running_loop()
         self._done = asyncio.Event()
         stopping = asyncio.Event()
@@ -347,6 +349,8 @@ class Service(ABC):
             for link in self._links:
                 link.close()
             self.context.term()
+            if self.settings.trace_dir:
+                trace.write(Path(self.settings.trace_dir), f"{self.name}-{self.instance}")
         return self._report()
 
     def _report(self) -> int:

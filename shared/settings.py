@@ -98,10 +98,13 @@ class Endpoints:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything a host's services need. draft: a table per draft worker, [draft.NAME]; none: one named "model"."""
+    """Everything a host's services need. draft: a table per draft worker, [draft.NAME]; none: one named "model".
+    trace_dir: where each process writes its trace when it ends (`shared/trace.py`); empty: no trace.
+    """
 
     run_dir: str = ""
     log_level: LogLevel = "info"
+    trace_dir: str = ""
     drain_s: Annotated[float, Range(0, 3600)] = 10.0
     endpoints: Endpoints = field(default_factory=Endpoints)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)

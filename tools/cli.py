@@ -305,7 +305,69 @@ def bench() -> None:
     \b
     Examples:
       draftwire bench engine embedded:target
+      draftwire bench loopback
+      draftwire bench acceptance --prompts 20
     """
+
+
+@bench_app.command("loopback")
+def bench_loopback_command(
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Generations, one after the other.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of each generation.")] = 400,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure one speculative round outside the engines: all hops, messages and scheduling, hop by hop.
+
+    Starts a fleet of its own with engines that take no time.
+
+    \b
+    Examples:
+      draftwire bench loopback
+      draftwire bench loopback --tokens 2000 --set verifier.n_max=8
+    """
+    from rich.console import Console
+
+    from tools.bench_loopback import bench_loopback, print_loopback
+
+    print_loopback(
+        bench_loopback(prompts=prompts, tokens=tokens, config=config, overrides=overrides or ()), Console(markup=False)
+    )
+
+
+@bench_app.command("acceptance")
+def bench_acceptance_command(
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many of the bundled prompts.")] = 200,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of each completion.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of the sampled modes.")] = 0.8,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Acceptance by depth for greedy, coupled and rejection sampling, and how often the text differs from plain.
+
+    Starts a fleet of its own and completes the bundled prompts, plainly and with the draft.
+
+    \b
+    Examples:
+      draftwire bench acceptance
+      draftwire bench acceptance --prompts 20 --set verifier.engine.engine=numpy
+    """
+    from rich.console import Console
+
+    from tools.bench_acceptance import bench_acceptance, print_acceptance
+
+    console = Console(markup=False)
+    print_acceptance(
+        bench_acceptance(
+            console,
+            n_prompts=prompts,
+            n_tokens=tokens,
+            temperature=temperature,
+            config=config,
+            overrides=overrides or (),
+        ),
+        console,
+    )
 
 
 @bench_app.command("engine")

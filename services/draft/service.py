@@ -9,6 +9,7 @@ from typing import Any
 
 from services.draft.drafters import Drafter, ModelDrafter, modelless
 from services.draft.worker import Worker
+from shared import trace
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
 from shared.messages import Close, Commit, Hello, Message, OpenDraft
@@ -64,6 +65,8 @@ class DraftService(Service):
         )
 
     def _receive(self, _peer: bytes, message: Any) -> None:
+        if isinstance(message, Commit):
+            trace.mark("draft.commit", message.session, message.start)
         self._mailbox.put(message)
 
     def _router_lost(self, reason: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from services.draft.drafters import Drafter
 from services.draft.session import DraftSession, LostCommit
+from shared import trace
 from shared.messages import MAX_CONTEXT, Close, Commit, Error, Message, OpenDraft
 
 Emit = Callable[[Sequence[Message]], None]
@@ -53,6 +54,8 @@ class Worker:
         starts = {s.id: len(s.prefix) for s in ready}
         drafted = self._drafter.draft(ready)
         if drafted:
+            for session in drafted:
+                trace.mark("draft.drafted", session.id, starts[session.id])
             self._emit([session.proposal(starts[session.id]) for session in drafted])
         return True
 

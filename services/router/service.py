@@ -15,6 +15,7 @@ import zmq
 from services.router import policy
 from services.router.peers import Peer, PeerTable
 from services.router.sessions import Session
+from shared import trace
 from shared.errors import RequestError
 from shared.messages import (
     Cancel,
@@ -288,10 +289,12 @@ class RouterService(Service):
         session = self._sessions.get(message.session)
         if peer is None or session is None or session.draft is not peer:
             return
+        trace.mark("router.proposal", session.id, message.start)
         session.drafted(message)
         self._send(session.verifier, message)
 
     def _on_commit(self, peer_id: bytes, message: Commit) -> None:
+        trace.mark("router.commit", message.session, message.start)
         verifier = self._known(LOCAL, peer_id)
         session = self._sessions.get(message.session)
         if verifier is None:

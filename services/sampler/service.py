@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from services.sampler.session import Question, SamplingSession, check_dense, questions, whole_rows
+from shared import trace
 from shared.engine.interface import Float32
 from shared.errors import DraftwireError, WireError
 from shared.messages import CloseSampling, Error, FullRows, NeedRows, OpenSampling, Verdict, VerdictItem, Verify
@@ -87,6 +88,7 @@ class SamplerService(Service):
             sessions.pop(session, None)
 
     def _on_verify(self, peer: bytes, message: Verify) -> None:
+        trace.mark("sampler.asked")
         started = monotonic_us()
         client = self._client(peer)
         try:
@@ -144,6 +146,7 @@ class SamplerService(Service):
             self._link.send(NeedRows(step.number, tuple(needed)), peer)
             return
         verdicts = tuple(verdict for verdict in step.verdicts if verdict is not None)
+        trace.mark("sampler.decided")
         self._link.send(Verdict(step.number, verdicts, step.sample_us), peer)
         client.step = None
 

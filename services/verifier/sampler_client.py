@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from services.verifier.session import TargetSession
+from shared import trace
 from shared.engine.interface import Logits
 from shared.errors import WireError
 from shared.logs import Logger
@@ -126,7 +127,9 @@ class SamplerClient:
         Raises:
             Stopped: see `alive`.
         """
+        trace.mark("verifier.asking")
         self._link.send(verify)
+        trace.mark("verifier.asked")
         deadline = time.monotonic() + _RETRY_MS / 1000
         while True:
             try:

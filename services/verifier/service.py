@@ -9,10 +9,11 @@ from typing import Any
 
 from services.verifier.sampler_client import SamplerClient, Stopped
 from services.verifier.stepper import Stepper
+from shared import trace
 from shared.engine.interface import Engine, EngineInfo
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
-from shared.messages import Close, Error, Hello, Message, OpenTarget, Proposal
+from shared.messages import Close, Commit, Error, Hello, Message, OpenTarget, Proposal
 from shared.peer import RouterConnection
 from shared.service import BlockingLink, EngineThread, Mailbox, Service, version
 from shared.settings import Settings
@@ -61,6 +62,8 @@ class VerifierService(Service):
         )
 
     def _receive(self, _peer: bytes, message: Any) -> None:
+        if isinstance(message, Proposal):
+            trace.mark("verifier.proposal", message.session, message.start)
         if isinstance(message, OpenTarget) and self.draining:
             self._send([Error(message.session, "draining", "the verifier is shutting down", "try again", 5)])
             return
@@ -88,6 +91,8 @@ class VerifierService(Service):
     def _send(self, messages: Sequence[Message]) -> None:
         assert self._connection is not None
         for message in messages:
+            if isinstance(message, Commit):
+                trace.mark("verifier.committing", message.session, message.start)
             if not self._connection.send(message):
                 self.log.error("router_queue_full", message=type(message).__name__)
 

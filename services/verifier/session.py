@@ -92,9 +92,13 @@ class TargetSession:
         if not self._offer(proposal):
             self.counters.n_stale += len(proposal.tokens)
             return False
+        self._unpark()
+        return True
+
+    def _unpark(self) -> None:
+        """Take in what has waited for the proposals before it."""
         while self._parked and (parked := self._parked.pop(self.known, None)) is not None:
             self._offer(parked)
-        return True
 
     def _offer(self, proposal: Proposal) -> bool:
         committed, start = len(self.prefix), proposal.start
@@ -175,7 +179,10 @@ class TargetSession:
             self.counters.n_stale += max(0, len(self.chain) - agreed)
             self.chain.clear()
             self._chain_hashes = [self.prefix.hash]
-        self._parked = {start: p for start, p in self._parked.items() if start > len(self.prefix)}
+        if self._parked:
+            # The commit itself may be what one has waited for: the proposals before it were lost, the target made up.
+            self._parked = {start: p for start, p in self._parked.items() if start >= len(self.prefix)}
+            self._unpark()
 
     def count_round(self, n_proposed: int, n_accepted: int) -> None:
         counters = self.counters

@@ -15,6 +15,7 @@ import numpy as np
 from services.verifier import policy
 from services.verifier.sampler_client import SamplerClient
 from services.verifier.session import TargetSession
+from shared import trace
 from shared.engine.interface import Chunk, Engine
 from shared.engine.slots import SlotTable
 from shared.messages import Close, Commit, FinishReason, Limits, Message, OpenTarget, Proposal
@@ -87,8 +88,10 @@ class Stepper:
             rows = share.n_proposals + 1 if share.final else 0
             chunks.append(Chunk(session.slot, session.cached, np.array(committed + proposed, np.int32), rows))
             taking_part.append((session, share))
+        trace.mark("verifier.planned", taking_part[0][0].id, len(taking_part[0][0].prefix))
         started = monotonic_us()
         logits = self._engine.forward(chunks)
+        trace.mark("verifier.computed")
         deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
         question = self._sampler.question(deciding, logits) if deciding else None
         computed = monotonic_us()
@@ -101,6 +104,7 @@ class Stepper:
         if question is not None:
             verdicts = self._sampler.ask(question, [s for s, _ in deciding], logits)
             decided = monotonic_us()
+            trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
                 session.counters.full_rows += verdict.full_rows

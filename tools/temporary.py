@@ -1,0 +1,72 @@
+"""A fleet for the length of a `with` block: in a private run directory that is gone afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from shared.errors import DraftwireError
+from shared.settings import Settings, load_settings
+from tools.fleet import is_serving
+from tools.supervisor import Supervisor
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+@contextmanager
+def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[Settings]:
+    """Start all services, wait until they serve, and stop them at the end; gives the fleet's settings.
+
+    Raises:
+        DraftwireError: the fleet does not start; the text says why.
+    """
+    run_dir = Path(tempfile.mkdtemp(prefix="draftwire-"))
+    changes = [*overrides, f'run_dir="{run_dir}"', "endpoints={}", "gateway.port=0", 'gateway.host="127.0.0.1"']
+    settings = load_settings(config, changes)
+    started = threading.Event()
+    ended = threading.Event()
+    failure: list[str] = []
+
+    async def live() -> None:
+        supervisor = Supervisor(
+            settings,
+            config,
+            changes,
+            log_dir=run_dir / "logs",
+            say=_silent,
+            restart=False,
+            serving=lambda: is_serving(settings),
+        )
+        try:
+            await supervisor.start()
+            if not await supervisor.ready():
+                failure.append(supervisor.failure)
+                return
+            while not supervisor.failure and not await asyncio.to_thread(is_serving, settings):
+                await asyncio.sleep(0.1)
+            started.set()
+            await asyncio.to_thread(ended.wait)
+        except DraftwireError as error:
+            failure.append(str(error))
+        finally:
+            await supervisor.stop()
+            started.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(live()), name="fleet")
+    thread.start()
+    try:
+        started.wait()
+        if failure:
+            raise DraftwireError(f"the fleet does not start: {failure[0]}", "see `draftwire doctor`")
+        yield settings
+    finally:
+        ended.set()
+        thread.join()
+        shutil.rmtree(run_dir, ignore_errors=True)
