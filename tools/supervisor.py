@@ -210,6 +210,11 @@ class _Child:
                 lines += self.notify.recv(4096).decode("utf-8", "replace").splitlines()
         return lines
 
+    def forget(self) -> None:
+        """Drop what the process before the next one has left."""
+        self.heard()
+        self.ready_at = None
+
     def close(self) -> None:
         self.notify.close()
         self.notify_path.unlink(missing_ok=True)
@@ -443,8 +448,7 @@ class Supervisor:
 
     async def _run_once(self, child: _Child) -> int:
         """Start a child's process and wait for its end; its exit status, or minus the signal that killed it."""
-        child.heard()  # what the process before this one has left
-        child.ready_at = None
+        child.forget()
         child.last_line = ""
         environment = {k: v for k, v in os.environ.items() if k not in ("WATCHDOG_USEC", "WATCHDOG_PID")}
         environment["NOTIFY_SOCKET"] = str(child.notify_path)

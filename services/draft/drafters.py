@@ -168,7 +168,8 @@ class NgramDrafter:
             tokens = index.propose(session.room)
             session.cost.decode_us += monotonic_us() - started
             for token in tokens:
-                session.append(_certain(token))
+                if session.room:  # none after a stop token
+                    session.append(_certain(token))
             if tokens:
                 out.append(session)
         return out

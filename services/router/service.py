@@ -304,10 +304,11 @@ class RouterService(Service):
                 self._send(verifier, Close(message.session))
             return
         session.committed(message)  # first, so that a worker which takes over now gets these tokens too
-        if session.draft is not None and not self._send(
-            session.draft, Close(session.id) if message.finish else message
-        ):
-            self._lose(session.draft, "its connection is gone")
+        if session.draft is not None:
+            if message.finish:  # a worker that is gone is noticed later: no other one is to take over what has ended
+                self._send(session.draft, Close(session.id))
+            elif not self._send(session.draft, message):
+                self._lose(session.draft, "its connection is gone")
         alive = True
         if message.tokens:
             alive = self._send(session.gateway, Tokens(session.request.request, message.tokens, message.n_accepted))

@@ -113,9 +113,9 @@ class Harness:
         for message in self.sent:
             if isinstance(message, Proposal) and message.session == session:
                 skip = len(own) - message.start
-                if 0 <= skip <= len(message.tokens) and own.hashes[message.start] == message.prefix_hash:
-                    if own.agreement(message.start, message.tokens) == skip:
-                        own.append(message.tokens[skip:])
+                fits = 0 <= skip <= len(message.tokens) and own.hashes[message.start] == message.prefix_hash
+                if fits and own.agreement(message.start, message.tokens) == skip:
+                    own.append(message.tokens[skip:])
         return own.tokens[len(text) :]
 
     def errors(self) -> list[Error]:
@@ -135,7 +135,7 @@ def test_a_model_drafts_its_own_continuation() -> None:
 
 
 def test_after_an_accepted_run_the_cache_holds_its_own_last_token() -> None:
-    """When every proposal was accepted, the next proposals are those of a fresh session (not of a cache with a hole)."""
+    """When every proposal was accepted, the next proposals are a fresh session's (not those of a cache with a hole)."""
     engine = HistoryEngine()
     harness = Harness(ModelDrafter(engine, 8))
     harness.open(1, [1, 2, 3], window=3)
@@ -332,23 +332,18 @@ small_run = st.lists(st.integers(0, 2), min_size=1, max_size=4)
 def test_ngram_rollback_equals_a_fresh_session(
     prompt: list[int], rounds: list[tuple[int, list[int]]], data: st.DataObject
 ) -> None:
-    """After a refusal the index holds the text again and nothing of the refused run: the proposals are prompt lookup's
-    own.
-    """
+    """After any refusals the index holds the text again, nothing refused: the proposals are prompt lookup's own."""
     window = data.draw(st.integers(1, 6))
     harness = Harness(NgramDrafter())
     harness.open(1, prompt, window=window)
     for n_accepted, then in rounds:
         harness.run()
         own = harness.proposed(1)
-        if n_accepted < len(own) and own[n_accepted] == then[0]:
-            then = [3 + n_accepted, *then]  # a refusal for certain
+        if n_accepted < len(own):
+            then = [own[n_accepted] + 1, *then]
         harness.commit(1, [*own[:n_accepted], *then])
-        assert len(own) <= window
-    contradicted = bool(rounds) and rounds[-1][1] != [] and harness.worker._sessions[1]._own == []
     harness.run()
-    if contradicted:
-        assert harness.proposed(1)[:window] == propose(harness.texts[1], window)[:window]
+    assert harness.proposed(1) == propose(harness.texts[1], window)
 
 
 def test_ngram_copies_what_came_before() -> None:

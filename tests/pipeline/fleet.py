@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 
+from shared.model.names import resolve_model
 from shared.settings import load_settings
-from tools.fleet import Gateway, find_gateway, router_status
+from tools.fleet import Gateway, find_gateway, is_serving, router_status
 
 START_S = 120
 N_TOKENS = 32
+MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8}}
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,28 @@ class Fleet:
         self.overrides = ["gateway.port=0", *overrides]
         self.run_dir = run_dir
         self.settings = load_settings(None, [*self.overrides, f'run_dir="{run_dir}"'], {})
-        self.process = Process(["up", *self._options()])
+        self.process = Process(["up", *self.options()])
         self.process.wait_for(": ready after")
         self.gateway = Gateway(find_gateway(self.settings), 120)
 
-    def _options(self) -> list[str]:
-        return ["--run-dir", str(self.run_dir), *(part for o in self.overrides for part in ("--set", o))]
+    def options(self, *more: str) -> list[str]:
+        """This fleet's settings, and more, as command-line options."""
+        return ["--run-dir", str(self.run_dir), *(part for o in (*self.overrides, *more) for part in ("--set", o))]
+
+    @property
+    def model_path(self) -> Path:
+        return resolve_model(self.settings.verifier.engine.model)
+
+    def wait_until_serving(self) -> None:
+        """Wait until every part has found the others again."""
+        deadline = time.monotonic() + START_S
+        while not is_serving(self.settings) or not any(p.role == "draft" for p in self.status().peers):
+            assert time.monotonic() < deadline, "".join(self.process.lines[-30:])
+            time.sleep(0.1)
 
     def start_draft(self, instance: str, *overrides: str) -> Process:
         """A draft worker that the test owns; returns when the router has registered it."""
-        options = [part for o in overrides for part in ("--set", o)]
-        draft = Process(["service", "draft", "--instance", instance, *self._options(), *options])
+        draft = Process(["service", "draft", "--instance", instance, *self.options(*overrides)])
         draft.wait_for("router_connected")
         return draft
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.fleet import N_TOKENS, Completion, Fleet, Process, collect, running_fleet
+from tests.pipeline.fleet import MODES, N_TOKENS, Completion, Fleet, Process, collect, running_fleet
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(900)]
 
@@ -20,10 +20,6 @@ NUMPY_TARGET = (
     "verifier.n_max=16",
     "verifier.prefill_chunk=64",
 )
-MODES: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.8},
-}
 CONCURRENT = 3
 
 Texts = dict[tuple[str, int], Completion]

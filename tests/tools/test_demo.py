@@ -12,14 +12,18 @@ from tools.demo import STAGES, Completion, _sameness, _table
 from tools.generate import TextWriter, figures_line, printable
 
 
-def completion(text: str, per_second: float, rate: float = 0.0, length: float = 1.0) -> Completion:
+def completion(text: str, per_second: float, accepted: int = 0, proposed: int = 0, length: float = 1.0) -> Completion:
     return Completion(
         text,
         {
-            "timings": {"predicted_n": len(text), "predicted_per_second": per_second},
+            "timings": {
+                "predicted_n": len(text),
+                "predicted_per_second": per_second,
+                "draft_n": proposed,
+                "draft_n_accepted": accepted,
+            },
             "draftwire": {
                 "rounds": 5,
-                "acceptance_rate": rate,
                 "mean_acceptance_length": length,
                 "stages_ms": {stage: float(number) for number, stage in enumerate(STAGES)},
             },
@@ -36,15 +40,25 @@ def rendered(plain: list[Completion], speculative: list[Completion]) -> list[lis
 
 
 def test_table_shows_medians_side_by_side() -> None:
-    """Each figure is the median of its repeats, and the speed-up is that of the medians."""
+    """Figures are medians of the repeats, the speed-up that of the medians; the acceptance rate pools all proposals."""
     plain = [completion("abc", 100.0), completion("abc", 300.0), completion("abc", 200.0)]
-    fast = [completion("abc", 300.0, 0.5, 2.0), completion("abc", 900.0, 0.7, 4.0), completion("abc", 400.0, 0.6, 3.0)]
+    fast = [
+        completion("abc", 300.0, 1, 1, 2.0),
+        completion("abc", 900.0, 0, 0, 4.0),
+        completion("abc", 400.0, 5, 9, 3.0),
+    ]
     rows = rendered(plain, fast)
     assert ["tokens/s", "200.0", "400.0"] in rows
     assert ["speed-up", "1.00x", "2.00x"] in rows
-    assert ["acceptance rate", "-", "60.0 %"] in rows
+    assert ["acceptance rate", "-", "60.0 % (6 of 10)"] in rows
     assert ["mean acceptance length", "1.00", "3.00"] in rows
     assert ["verify ms", "4.0", "4.0"] in rows
+
+
+def test_table_without_a_verified_proposal_claims_no_rate() -> None:
+    """Drafts that always came too late have no acceptance rate, not one of 0 %."""
+    rows = rendered([completion("abc", 100.0)], [completion("abc", 100.0)])
+    assert ["acceptance rate", "-", "no proposals"] in rows
 
 
 def test_table_without_speculation_has_one_column() -> None:

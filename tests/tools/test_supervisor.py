@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,6 +148,28 @@ def test_fleet_is_ready_when_every_child_says_so(tmp_path: Path) -> None:
         "router is ready",
         "verifier is ready",
     ]
+
+
+def test_readiness_is_heard_before_the_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that is ready before its start has been reported to the supervisor (a busy machine) is not missed."""
+    fleet = Fleet(tmp_path, {"router": "good"})
+    start = asyncio.create_subprocess_exec
+
+    async def reported_late(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*arguments, **options)
+        [child] = fleet.supervisor._children
+        await asyncio.to_thread(select.select, [child.notify], [], [], TIMEOUT_S)
+        await asyncio.sleep(0)  # the event loop now hears it
+        await asyncio.sleep(0)
+        return process
+
+    monkeypatch.setattr(module.asyncio, "create_subprocess_exec", reported_late)
+
+    async def scenario(supervisor: Supervisor) -> None:
+        assert await asyncio.wait_for(supervisor.ready(), 20)
+        assert supervisor.pid("router") is not None
+
+    fleet.run(scenario)
 
 
 def test_waiting_names_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
