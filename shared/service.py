@@ -39,6 +39,7 @@ QUEUE_LENGTH = 1000
 """Messages that a socket queues for a peer and from it; beyond that, sends are refused."""
 
 _BURST = 64
+_POLLIN = int(zmq.POLLIN)  # the enum's own & takes microseconds
 _LOG_EVERY_S = 1.0
 
 Handler = Callable[[bytes, Any], None]
@@ -125,8 +126,12 @@ class Link:
             raise
         finally:
             # The descriptor is edge-triggered, and sending may have eaten the edge of something that has arrived.
-            self._schedule()
+            if self._has_arrived():
+                self._schedule()
         return True
+
+    def _has_arrived(self) -> bool:
+        return bool(int(self._socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
     def _schedule(self) -> None:
         if not self._scheduled and not self._closed:
@@ -139,12 +144,9 @@ class Link:
 
     def _pump(self) -> None:
         for _ in range(_BURST):
-            if self._closed:
+            if self._closed or not self._has_arrived():
                 return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
             peer = frames.pop(0) if self._kind == zmq.ROUTER else b""
             self._receive(peer, frames)
         self._schedule()

@@ -1,8 +1,8 @@
 """Messages to frames and back.
 
 A message is a multipart: first a msgpack header `[version, type name, [field, ...]]` with fields in the order of the
-dataclass, then one raw frame for each array field. An array's place in the header holds its shape; dtype and number
-of dimensions are the schema's. Byte order is little-endian.
+dataclass, then one raw frame for each array field that is not empty. An array's place in the header holds its shape;
+dtype and number of dimensions are the schema's. Byte order is little-endian.
 
 Invariant: `decode` returns a message whose every field has the declared type and range, or raises `WireError`;
 nothing else, whatever the bytes.
@@ -49,7 +49,8 @@ def encode(message: Message) -> list[Frame]:
         value = getattr(message, name)
         if array is not None:
             contiguous = np.ascontiguousarray(value, array)
-            frames.append(contiguous.data.cast("B") if contiguous.size else b"")
+            if contiguous.size:
+                frames.append(contiguous.data.cast("B"))
             values.append(contiguous.shape)
         else:
             values.append(pack(value) if pack is not None else value)
@@ -97,25 +98,27 @@ class _Schema:
     name: str
     packers: list[tuple[str, Callable[[Any], Any] | None, Any]]
     checks: list[tuple[str, Check | None, Array | None]]
-    n_arrays: int
 
     def build(self, values: Any, frames: Sequence[Frame]) -> Any:
         if type(values) is not tuple or len(values) != len(self.checks):
             count = len(values) if type(values) is tuple else type(values).__name__
             raise WireError(f"{self.name}: {len(self.checks)} fields expected, got {count}")
-        if len(frames) != 1 + self.n_arrays:
-            raise WireError(f"{self.name}: {self.n_arrays} array frames expected, got {len(frames) - 1}")
         arguments: list[Any] = []
         next_frame = 1
         for (field_name, check, array), value in zip(self.checks, values, strict=True):
             try:
                 if array is not None:
-                    arguments.append(_array(array, value, frames[next_frame]))
-                    next_frame += 1
+                    size = _array_size(array, value)
+                    if size and next_frame == len(frames):
+                        raise WireError("its frame is missing")
+                    arguments.append(_array(array, value, size, frames[next_frame] if size else b""))
+                    next_frame += size > 0
                 else:
                     arguments.append(check(value))  # type: ignore[misc]
             except WireError as error:
                 raise WireError(f"{self.name}.{field_name}: {error.message}") from None
+        if next_frame != len(frames):
+            raise WireError(f"{self.name}: {next_frame - 1} array frames expected, got {len(frames) - 1}")
         return self.cls(*arguments)
 
 
@@ -128,7 +131,7 @@ def _shown(value: Any) -> str:
     return _REPR.repr(value)[:60]
 
 
-def _array(mark: Array, shape: Any, frame: Frame) -> Any:
+def _array_size(mark: Array, shape: Any) -> int:
     if type(shape) is not tuple or len(shape) != mark.ndim:
         raise WireError(f"a shape of {mark.ndim} dimensions expected, got {_shown(shape)}")
     size = 1
@@ -138,10 +141,17 @@ def _array(mark: Array, shape: Any, frame: Frame) -> Any:
         size *= extent
     if size > mark.max_size or any(extent > mark.max_size for extent in shape):
         raise WireError(f"at most {mark.max_size} elements, the shape {_shown(shape)} has {size}")
-    n_bytes = size * np.dtype(mark.dtype).itemsize
+    return size
+
+
+def _array(mark: Array, shape: tuple[int, ...], size: int, frame: Frame) -> Any:
+    dtype = _DTYPES[mark.dtype]
+    n_bytes = size * dtype.itemsize
     if len(frame) != n_bytes:
         raise WireError(f"{mark.dtype} {_shown(shape)} takes {n_bytes} bytes, the frame has {len(frame)}")
-    array = np.frombuffer(frame, mark.dtype).reshape(shape)
+    array = np.frombuffer(frame, dtype)
+    if mark.ndim > 1:
+        array = array.reshape(shape)
     if array.flags.writeable:
         array.flags.writeable = False
     return array
@@ -318,8 +328,9 @@ def _schema(cls: type) -> _Schema:
         else:
             packers.append((f.name, _packer_for(hint), None))
             checks.append((f.name, _check_for(hint), None))
-    return _Schema(cls, cls.__name__, packers, checks, sum(mark is not None for _, _, mark in checks))
+    return _Schema(cls, cls.__name__, packers, checks)
 
 
+_DTYPES = {name: np.dtype(name) for name in ("int32", "float32", "float64")}
 _SCHEMAS: dict[type, _Schema] = {cls: _schema(cls) for cls in get_args(messages.Message)}
 _BY_NAME: dict[str, _Schema] = {schema.name: schema for schema in _SCHEMAS.values()}

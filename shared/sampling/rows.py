@@ -48,6 +48,9 @@ LSE_TOLERANCE: Final = 1e-4
 """Absolute error that an engine's log-sum-exp may have; inside it top_p is decided by the whole row."""
 
 
+_NO_IDS: Final = np.empty(0, np.int32)
+
+
 @dataclass(frozen=True, slots=True)
 class SparseRows:
     """What the verifier sends of R rows of target logits, in the order of positions.
@@ -84,11 +87,14 @@ class SparseRows:
             raise WireError("sparse rows: a logit is not finite")
         if self.top_ids.min() < 0 or self.top_ids.max() >= self.n_vocab:
             raise WireError("sparse rows: an id is outside the vocabulary")
-        falls = self.top_logits[:, 1:] < self.top_logits[:, :-1]
-        equal = self.top_logits[:, 1:] == self.top_logits[:, :-1]
-        if not (falls | (equal & (self.top_ids[:, 1:] > self.top_ids[:, :-1]))).all():
-            raise WireError("sparse rows: the leaders are not sorted by descending logit and ascending id")
-        if n_asked and (self.asked_ids[0] < 0 or self.asked_ids[-1] >= self.n_vocab):
+        if k > 1:
+            falls = self.top_logits[:, 1:] < self.top_logits[:, :-1]
+            equal = self.top_logits[:, 1:] == self.top_logits[:, :-1]
+            if not (falls | (equal & (self.top_ids[:, 1:] > self.top_ids[:, :-1]))).all():
+                raise WireError("sparse rows: the leaders are not sorted by descending logit and ascending id")
+        if not n_asked:
+            return
+        if (self.asked_ids[0] < 0 or self.asked_ids[-1] >= self.n_vocab):
             raise WireError("sparse rows: an asked id is outside the vocabulary")
         if (np.diff(self.asked_ids) <= 0).any():
             raise WireError("sparse rows: asked ids are not ascending and distinct")
@@ -118,12 +124,12 @@ def asked_ids(params: SamplingParams, window_tokens: Tokens, proposals: Tokens) 
         window_tokens: the sequence before row 0, or at least its last `repeat_last_n` tokens.
         proposals: the tokens to be verified.
     """
-    parts = [np.array([token for token, _ in params.logit_bias], np.int32)]
+    parts = [np.array([token for token, _ in params.logit_bias], np.int32)] if params.logit_bias else []
     if params.penalized:
         parts += [np.asarray(window_tokens[-params.repeat_last_n :], np.int32), np.asarray(proposals, np.int32)]
     if params.acceptance == "rejection" and not params.greedy:
         parts.append(np.asarray(proposals, np.int32))
-    return np.unique(np.concatenate(parts))
+    return np.unique(np.concatenate(parts)) if parts else _NO_IDS
 
 
 def sparse_rows(

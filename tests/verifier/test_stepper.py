@@ -1,0 +1,532 @@
+"""The target's step loop, with the real sampler's logic behind it and an engine that knows its cache by heart."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from services.sampler.service import SamplerService
+from services.verifier.sampler_client import SamplerClient, Stopped
+from services.verifier.stepper import Stepper
+from shared import wire
+from shared.engine.dense import DenseLogits
+from shared.engine.interface import Chunk, EngineInfo, EngineSettings
+from shared.engine.null import NullEngine, next_token
+from shared.engine.slots import check_chunks, check_prefix
+from shared.messages import (
+    Close,
+    CloseSampling,
+    Commit,
+    Error,
+    FullRows,
+    Limits,
+    Message,
+    NeedRows,
+    OpenSampling,
+    OpenTarget,
+    Proposal,
+    TargetStats,
+    Verify,
+)
+from shared.prefix import TokenPrefix
+from shared.sampling.params import SamplingParams
+from shared.settings import Settings, VerifierSettings
+
+N_VOCAB = 48
+GREEDY = SamplingParams(temperature=0.0)
+COUPLED = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=11)
+PENALIZED = SamplingParams(seed=4, top_k=20, repeat_penalty=1.3, logit_bias=((3, 2.0),))
+
+
+def row_after(text: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(TokenPrefix(text).hash).normal(0, 2, N_VOCAB).astype(np.float32)
+
+
+class HistoryEngine:
+    """Its logits depend on every token that a slot really holds, so that a wrong cache shows in the text."""
+
+    def __init__(self, n_slots: int, n_ctx: int, n_batch: int) -> None:
+        self.info = EngineInfo("history", "", "", N_VOCAB, n_ctx, n_slots, n_batch, "f", True)
+        self.held: list[list[int]] = [[] for _ in range(n_slots)]
+        self.n_computed = 0
+        self.most_slots = 0
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        self.n_computed += check_chunks(
+            chunks, [len(h) for h in self.held], self.info.n_ctx, self.info.n_batch
+        )  # a chunk that starts after the slot's end, and every other broken rule, raises here
+        self.most_slots = max(self.most_slots, len(chunks))
+        rows = []
+        for chunk in chunks:
+            held = self.held[chunk.slot]
+            del held[chunk.start :]
+            for index, token in enumerate(chunk.tokens.tolist()):
+                held.append(token)
+                if index >= len(chunk.tokens) - chunk.rows:
+                    rows.append(row_after(held))
+        return DenseLogits(np.array(rows, np.float32).reshape(-1, N_VOCAB))
+
+    def length(self, slot: int) -> int:
+        return len(self.held[slot])
+
+    def truncate(self, slot: int, length: int) -> None:
+        check_prefix([len(h) for h in self.held], slot, length)
+        del self.held[slot][length:]
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        check_prefix([len(h) for h in self.held], source, length)
+        self.held[target] = self.held[source][:length]
+
+    def close(self) -> None:
+        self.held = []
+
+
+class DirectLink:
+    """Stands for the socket to a sampler: the real service's handlers, called at once, and its answers."""
+
+    def __init__(self, sampler: SamplerService) -> None:
+        self._handlers: dict[type, Callable[[bytes, Any], None]] = {
+            OpenSampling: sampler._on_open,
+            CloseSampling: sampler._on_close,
+            Verify: sampler._on_verify,
+            FullRows: sampler._on_full_rows,
+        }
+        self._answers: deque[Message] = deque()
+        self.kinds: list[type] = []
+        self.silent = 0
+        """How many messages are lost from now on."""
+        sampler._link = Mock(send=lambda message, _peer: self._answers.append(message) or True)
+
+    def send(self, message: Message) -> bool:
+        if self.silent:
+            self.silent -= 1
+            return True
+        received: Any = wire.decode([bytes(frame) for frame in wire.encode(message)])
+        self._handlers[type(received)](b"verifier", received)
+        return True
+
+    def receive(self, timeout_ms: int) -> Message | None:
+        assert timeout_ms > 0
+        if not self._answers:
+            return None
+        message = self._answers.popleft()
+        self.kinds.append(type(message))
+        assert not isinstance(message, Error), message
+        return message
+
+
+class World:
+    """A stepper with everything around it."""
+
+    def __init__(self, n_slots: int = 2, n_ctx: int = 128, n_batch: int = 40, **settings: Any) -> None:
+        self.engine: Any = HistoryEngine(n_slots, n_ctx, n_batch)
+        self.sampler = SamplerService(Settings())
+        self.link: Any = DirectLink(self.sampler)
+        self.alive = True
+        self.settings = VerifierSettings(**{"n_max": 4, "top_k_rows": 8, "prefill_chunk": 16, **settings})
+        self.commits: dict[int, list[Commit]] = {}
+        self.texts: dict[int, list[int]] = {}
+        self.prompts: dict[int, list[int]] = {}
+        self.build()
+
+    def build(self) -> None:
+        client = SamplerClient(
+            self.link, self.engine.info.n_vocab, self.settings.top_k_rows, Mock(), lambda: self.alive
+        )
+        self.stepper = Stepper(self.engine, client, self.settings, self.hear)
+
+    def hear(self, messages: Sequence[Message]) -> None:
+        for commit in messages:
+            assert isinstance(commit, Commit)
+            text = self.texts[commit.session]
+            assert commit.start == len(text)
+            assert commit.prefix_hash == TokenPrefix(text).hash
+            assert commit.n_accepted <= len(commit.tokens)
+            assert (commit.stats is not None) == bool(commit.finish)
+            text += commit.tokens
+            assert commit.known >= len(text)
+            self.commits[commit.session].append(commit)
+
+    def open(
+        self, session: int, prompt: Sequence[int], sampling: SamplingParams = GREEDY, max_tokens: int = 12,
+        stop: Sequence[int] = (), n_max: int = 64,
+    ) -> None:  # fmt: skip
+        self.prompts[session], self.texts[session], self.commits[session] = list(prompt), list(prompt), []
+        limits = Limits(max_tokens, tuple(stop))
+        self.stepper.receive(OpenTarget(session, np.array(prompt, np.int32), sampling, limits, n_max))
+
+    def propose(self, session: int, run: Sequence[int]) -> None:
+        """As a draft worker that knows all commits."""
+        text = self.texts[session]
+        self.stepper.receive(Proposal(session, len(text), TokenPrefix(text).hash, tuple(run)))
+
+    def finished(self, session: int) -> bool:
+        commits = self.commits[session]
+        return bool(commits) and bool(commits[-1].finish)
+
+    def generated(self, session: int) -> list[int]:
+        return self.texts[session][len(self.prompts[session]) :]
+
+    def stats(self, session: int) -> TargetStats:
+        stats = self.commits[session][-1].stats
+        assert stats is not None
+        return stats
+
+    def run(self, before_step: Callable[[], None] = lambda: None) -> None:
+        for _ in range(500):
+            if not self.stepper.n_sessions:
+                self.stepper.flush()
+                return
+            before_step()
+            self.stepper.step()
+        raise AssertionError("the sessions never end")
+
+
+MakeWorld = Callable[..., World]
+
+
+@pytest.fixture
+def make_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
+    monkeypatch.setattr("shared.service.logs.configure", lambda *_: Mock())
+    worlds: list[World] = []
+
+    def make(**options: Any) -> World:
+        worlds.append(World(**options))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.sampler.context.term()
+
+
+@pytest.fixture
+def world(make_world: MakeWorld) -> World:
+    return make_world()
+
+
+@pytest.fixture
+def plain(make_world: MakeWorld) -> Callable[..., list[int]]:
+    """What a session generates alone, without proposals."""
+
+    def generate(prompt: Sequence[int], **options: Any) -> list[int]:
+        world = make_world(n_slots=1)
+        world.open(1, prompt, **options)
+        world.run()
+        return world.generated(1)
+
+    return generate
+
+
+def greedy(prompt: Sequence[int], n: int) -> list[int]:
+    text = list(prompt)
+    for _ in range(n):
+        text.append(int(row_after(text).argmax()))
+    return text[len(prompt) :]
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, N_VOCAB, n).tolist()
+
+
+# -- text --
+
+
+def test_plain_decoding_is_the_targets_text(world: World) -> None:
+    """Without any draft, greedy generation is the argmax of each row, one token a step, and ends at its limit."""
+    world.open(1, prompt(20))
+    world.run()
+    assert world.generated(1) == greedy(prompt(20), 12)
+    assert [len(c.tokens) for c in world.commits[1]] == [1] * 12
+    assert [c.finish for c in world.commits[1]] == [""] * 11 + ["length"]
+    assert world.stats(1).n_proposed == 0
+
+
+def test_right_proposals_make_fewer_steps(world: World) -> None:
+    """Accepted runs are committed at once with a bonus token; the figures of the last commit tell it all."""
+    expected = greedy(prompt(20), 12)
+    world.open(1, prompt(20))
+
+    def draft() -> None:
+        done = len(world.generated(1))
+        if done and not world.finished(1):
+            world.propose(1, expected[done : done + 6] or [0])
+
+    world.run(draft)
+    assert world.generated(1) == expected
+    assert [(len(c.tokens), c.n_accepted) for c in world.commits[1]] == [(1, 0), (5, 4), (5, 4), (1, 0)]
+    stats = world.stats(1)
+    assert (stats.n_prompt, stats.n_generated, stats.rounds) == (20, 12, 3)
+    assert (stats.n_proposed, stats.n_accepted) == (8, 8)
+    assert stats.by_depth == ((2, 2),) * 4
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, COUPLED, PENALIZED], ids=["greedy", "coupled", "penalized"])
+@pytest.mark.parametrize("n_max", [0, 1, 4])
+def test_no_draft_changes_the_text(
+    make_world: MakeWorld, plain: Callable[..., list[int]], sampling: SamplingParams, n_max: int
+) -> None:
+    """Right, half right and wrong proposals, of several sessions at once with rollbacks in between: the same text."""
+    chance = random.Random(n_max)
+    prompts = [prompt(n, seed=n) for n in (1, 5, 16, 17, 33)]
+    expected = [plain(p, sampling=sampling, max_tokens=20) for p in prompts]
+    world = make_world(n_slots=3, n_max=n_max)
+    for session, tokens in enumerate(prompts):
+        world.open(session, tokens, sampling=sampling, max_tokens=20)
+
+    def draft() -> None:
+        for session, text in enumerate(expected):
+            done = len(world.generated(session))
+            run = text[done : done + chance.randint(1, 6)]
+            if run and chance.random() < 0.8:
+                if chance.random() < 0.5:
+                    run[chance.randrange(len(run))] = chance.randrange(N_VOCAB)
+                world.propose(session, run)
+
+    world.run(draft)
+    for session, text in enumerate(expected):
+        assert world.generated(session) == text
+        stats = world.stats(session)
+        assert stats.n_accepted == sum(c.n_accepted for c in world.commits[session])
+        assert sum(p for p, _ in stats.by_depth) == stats.n_proposed
+        assert len(stats.by_depth) <= n_max
+    assert world.engine.most_slots == 3
+
+
+def test_rows_that_prove_nothing_travel_whole(make_world: MakeWorld, plain: Callable[..., list[int]]) -> None:
+    """With few logits per row the sampler asks for whole rows: the text is the same, and they are counted."""
+    expected = plain(prompt(9), sampling=COUPLED)
+    world = make_world(top_k_rows=1)
+    world.open(1, prompt(9), sampling=COUPLED)
+    world.run()
+    assert world.generated(1) == expected
+    assert NeedRows in world.link.kinds
+    assert world.stats(1).full_rows == world.link.kinds.count(NeedRows)
+
+
+def test_a_null_target_accepts_a_null_draft(world: World) -> None:
+    """The engine without a model goes through the same loop: proposals by its rule are all accepted."""
+    world.engine = NullEngine(EngineSettings(engine="null", n_slots=2), N_VOCAB)
+    world.build()
+    world.open(1, [20, 21], max_tokens=21)
+
+    def draft() -> None:
+        text = list(world.texts[1])
+        for _ in range(4):
+            text.append(next_token(text[-1], len(text) - 1, N_VOCAB))
+        world.propose(1, text[-4:])
+
+    world.stepper.step()
+    world.run(draft)
+    assert len(world.generated(1)) == 21
+    assert [c.n_accepted for c in world.commits[1]] == [0, 4, 4, 4, 4]
+
+
+# -- sessions --
+
+
+def test_sessions_wait_for_slots(make_world: MakeWorld) -> None:
+    """More sessions than slots: they wait in order of arrival, all finish, none mixes with another."""
+    world = make_world(n_slots=2)
+    for session in range(5):
+        world.open(session, prompt(10, seed=session), max_tokens=3 + session)
+    world.stepper.step()
+    assert world.stepper.n_sessions == 5
+    assert [bool(world.commits[session]) for session in range(5)] == [True, True, False, False, False]
+    order: list[int] = []
+
+    def note() -> None:
+        order.extend(s for s in range(5) if world.finished(s) and s not in order)
+
+    world.run(note)
+    note()
+    assert order == [0, 1, 2, 3, 4]
+    for session in range(5):
+        assert world.generated(session) == greedy(prompt(10, seed=session), 3 + session)
+        assert (world.stats(session).queue_us > 0) or session < 2
+
+
+def test_a_long_prompt_does_not_stop_the_others(make_world: MakeWorld) -> None:
+    """While a prompt is computed in chunks, a decoding session gets a token in every step."""
+    world = make_world(n_slots=2, prefill_chunk=8, n_batch=30)
+    world.open(1, prompt(5), max_tokens=30)
+    world.stepper.step()
+    world.open(2, prompt(60, seed=2), max_tokens=2)
+    before = len(world.generated(1))
+    steps = 0
+    while not world.commits[2]:
+        world.stepper.step()
+        steps += 1
+    assert steps == 8
+    assert len(world.generated(1)) == before + steps
+    world.run()
+    assert world.generated(2) == greedy(prompt(60, seed=2), 2)
+
+
+def test_cancel_while_waiting(make_world: MakeWorld) -> None:
+    """A session that has no slot yet ends with an empty commit; the others do not notice."""
+    world = make_world(n_slots=1)
+    for session in (1, 2, 3):
+        world.open(session, prompt(6, seed=session))
+    world.stepper.step()
+    world.stepper.receive(Close(2))
+    world.run()
+    assert [(c.tokens, c.finish) for c in world.commits[2]] == [((), "cancelled")]
+    for session in (1, 3):
+        assert world.generated(session) == greedy(prompt(6, seed=session), 12)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5], ids=["in the first chunk", "in the prompt", "in decoding"])
+def test_cancel_while_running(make_world: MakeWorld, steps: int) -> None:
+    """A running session ends at once with what it has, and its slot serves the next one with a true cache."""
+    world = make_world(n_slots=1, prefill_chunk=16)
+    world.open(1, prompt(40))
+    for _ in range(steps):
+        world.stepper.step()
+    world.stepper.receive(Close(1))
+    world.stepper.flush()
+    assert world.commits[1][-1].finish == "cancelled"
+    assert world.generated(1) == greedy(prompt(40), max(0, steps - 2))
+    assert not world.stepper.busy
+    world.open(2, prompt(40))
+    world.run()
+    assert world.generated(2) == greedy(prompt(40), 12)
+    assert world.stats(2).n_cached == min(39, 16 * steps)
+
+
+def test_unknown_sessions_are_ignored(world: World) -> None:
+    """Close and proposals for a session that has ended, or never was, change nothing."""
+    world.open(1, prompt(6))
+    world.run()
+    before = len(world.commits[1])
+    world.stepper.receive(Close(1))
+    world.stepper.receive(Close(77))
+    world.propose(1, [1, 2])
+    world.stepper.flush()
+    assert len(world.commits[1]) == before
+    assert world.stepper.n_sessions == 0
+
+
+def test_forgetting_frees_everything(make_world: MakeWorld) -> None:
+    """When the router is gone, running and waiting sessions end without a word, and the slots are free."""
+    world = make_world(n_slots=1)
+    for session in (1, 2):
+        world.open(session, prompt(6, seed=session))
+    world.stepper.step()
+    heard = len(world.commits[1])
+    world.stepper.forget_all()
+    world.stepper.flush()
+    assert world.stepper.n_sessions == 0
+    assert len(world.commits[1]) == heard
+    assert world.sampler._clients[b"verifier"].sessions == {}
+    world.open(3, prompt(6, seed=1))
+    world.run()
+    assert world.generated(3) == greedy(prompt(6, seed=1), 12)
+
+
+def test_a_shared_prompt_is_computed_once(world: World) -> None:
+    """The next session with the same beginning reuses the cache, from its own slot or another's; same text."""
+    world.open(1, prompt(40))
+    world.run()
+    computed = world.engine.n_computed
+    world.open(2, prompt(40))
+    world.open(3, [*prompt(36), 1, 2], max_tokens=4)
+    world.run()
+    assert world.generated(2) == greedy(prompt(40), 12)
+    assert world.generated(3) == greedy([*prompt(36), 1, 2], 4)
+    assert world.stats(2).n_cached >= 36
+    assert world.stats(3).n_cached == 36
+    assert world.engine.n_computed - computed < 40
+
+
+# -- ends --
+
+
+def test_a_stop_token_ends_the_generation(world: World) -> None:
+    """The stop token is the last one committed, also in the middle of an accepted run."""
+    expected = greedy(prompt(10), 12)
+    stop = expected[4]
+    end = expected.index(stop) + 1
+    world.open(1, prompt(10), stop=[stop])
+    world.stepper.step()
+    world.propose(1, expected[1:9])
+    world.run()
+    assert world.generated(1) == expected[:end]
+    assert world.commits[1][-1].finish == "stop"
+    assert world.commits[1][-1].n_accepted > 0
+
+
+def test_the_context_ends_the_generation(make_world: MakeWorld) -> None:
+    """A generation stops where the context is full, whatever it was allowed, with proposals up to the end."""
+    world = make_world(n_ctx=30)
+    expected = greedy(prompt(20), 10)
+    world.open(1, prompt(20), max_tokens=1000)
+
+    def draft() -> None:
+        done = len(world.generated(1))
+        world.propose(1, [*expected[done:], 0, 0, 0, 0])
+
+    world.run(draft)
+    assert world.generated(1) == expected
+    assert world.commits[1][-1].finish == "length"
+    full = make_world(n_ctx=30)
+    full.open(1, prompt(29), max_tokens=5)
+    full.run()
+    assert len(full.generated(1)) == 1
+
+
+def test_a_limit_cuts_an_accepted_run(world: World) -> None:
+    """No token is generated beyond the limit, however many proposals were right."""
+    expected = greedy(prompt(10), 12)
+    world.open(1, prompt(10), max_tokens=3)
+    world.stepper.step()
+    world.propose(1, expected[1:9])
+    world.run()
+    assert world.generated(1) == expected[:3]
+    assert world.commits[1][-1].n_accepted == 1
+
+
+# -- trouble --
+
+
+def test_a_restarted_sampler_changes_nothing(world: World, plain: Callable[..., list[int]]) -> None:
+    """A sampler that has forgotten the sessions is told again, in mid-generation; the text is the same."""
+    expected = plain(prompt(9), sampling=PENALIZED)
+    world.open(1, prompt(9), sampling=PENALIZED)
+    world.run(world.sampler._clients.clear)
+    assert world.generated(1) == expected
+
+
+def test_a_lost_question_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampler that does not answer is asked again after a while, and the step goes on as if nothing were."""
+    monkeypatch.setattr("services.verifier.sampler_client._RETRY_MS", 0)
+    world.open(1, prompt(9), max_tokens=3)
+    world.stepper.step()
+    world.link.silent = 2
+    world.run()
+    assert world.generated(1) == greedy(prompt(9), 3)
+
+
+def test_the_end_of_the_process_ends_the_wait(world: World) -> None:
+    """A verifier that is told to stop does not wait for a sampler that is gone."""
+    world.open(1, prompt(9))
+    world.link.silent = 1000
+    world.alive = False
+    with pytest.raises(Stopped):
+        world.stepper.step()
+
+
+def test_proposals_outside_the_vocabulary_are_dropped(world: World) -> None:
+    """A worker that proposes impossible ids does not reach the engine with them."""
+    world.open(1, prompt(9), max_tokens=6)
+    world.stepper.step()
+    world.propose(1, [1, N_VOCAB])
+    world.propose(1, [2**31 - 1])
+    world.run()
+    assert world.generated(1) == greedy(prompt(9), 6)
+    assert world.stats(1).n_proposed == 0
