@@ -158,8 +158,8 @@ def rejecting(params):
     [
         pytest.param(FILTERED, 9, 20_000, (0, 0), id="coupled-filters"),
         pytest.param(rejecting(FILTERED), 9, 20_000, (0, 0), id="rejection-filters"),
-        pytest.param(PENALIZED, 4, 6_000, (0.05, 0.95), id="coupled-penalties-few-logits"),
-        pytest.param(rejecting(PENALIZED), 8, 6_000, (0.05, 0.95), id="rejection-penalties-few-logits"),
+        pytest.param(PENALIZED, 4, 20_000, (0.05, 0.95), id="coupled-penalties-few-logits"),
+        pytest.param(rejecting(PENALIZED), 8, 20_000, (0.05, 0.95), id="rejection-penalties-few-logits"),
     ],
 )
 def test_three_tokens_follow_the_target_exactly(params, top_k, n_seeds, fallbacks):
