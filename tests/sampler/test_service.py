@@ -92,7 +92,8 @@ class Verifier:
         return message, n_errors
 
     def close(self) -> None:
-        self._context.destroy(linger=0)
+        self._socket.close()
+        self._context.term()
 
 
 @pytest.fixture

@@ -1,0 +1,714 @@
+"""The router as a process, among gateways, verifiers and draft workers that a test plays."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from shared import wire
+from shared.messages import (
+    Cancel,
+    Close,
+    Commit,
+    DraftStats,
+    Encoded,
+    Error,
+    Finished,
+    Generate,
+    GetStatus,
+    Goodbye,
+    Hello,
+    Limits,
+    Message,
+    OpenDraft,
+    OpenTarget,
+    PeerStatus,
+    Ping,
+    Pong,
+    Proposal,
+    Speculation,
+    Status,
+    TargetStats,
+    Tokens,
+    Verdict,
+    VerdictItem,
+    Welcome,
+)
+from shared.prefix import TokenPrefix
+from shared.sampling.params import SamplingParams
+from tests.gateway.fleet import Process
+
+pytestmark = pytest.mark.pipeline
+
+PATIENCE_S = 30.0
+N_VOCAB, N_CTX = 100, 32
+PROMPT = [1, 2, 3]
+SAMPLING = SamplingParams(seed=9, temperature=0.5)
+SETTINGS = (
+    "router.heartbeat_ms=50", "router.deadline_beats=100", "router.max_sessions=3", "router.window=5",
+)  # fmt: skip
+
+
+class Peer:
+    """One end of a connection to the router; answers pings whenever it is asked for a message."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], run_dir: Path, hello: Hello | None) -> None:
+        self.socket = context.socket(zmq.DEALER)
+        self.socket.linger = 0
+        self.socket.sndhwm = self.socket.rcvhwm = 0
+        link = "drafts" if hello is not None and hello.role == "draft" else "router"
+        self.socket.connect(f"ipc://{run_dir / link}.sock")
+        self.hello = hello
+        self.lag_us = 0
+        """How much slower than it is this peer seems to be."""
+        self._heard: list[Any] = []
+
+    def send(self, message: Message) -> None:
+        self.socket.send_multipart(wire.encode(message))
+
+    def _hear(self) -> None:
+        message = wire.decode(self.socket.recv_multipart())
+        if isinstance(message, Ping):
+            self.send(Pong(max(0, message.sent_ns - self.lag_us * 1000)))
+        else:
+            self._heard.append(message)
+
+    def expect(self, *kinds: type) -> Any:
+        """The next message of one of these kinds; what came before it, other than a Welcome, fails the test."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            while self._heard:
+                message = self._heard.pop(0)
+                if isinstance(message, kinds):
+                    return message
+                assert isinstance(message, Welcome), f"{message} instead of {kinds}"
+            assert self.socket.poll(max(0, (deadline - time.monotonic()) * 1000)), f"no {kinds}"
+            self._hear()
+
+    def join(self) -> Welcome:
+        assert self.hello is not None
+        self.send(self.hello)
+        return self.expect(Welcome)
+
+    def refused(self, code: str) -> Error:
+        error = self.expect(Error)
+        assert error.code == code
+        return error
+
+    def nothing_before_now(self) -> None:
+        """The router has handled all that this peer has sent, and has sent nothing before that but answers to it."""
+        self.send(Encoded(1, np.empty(0, np.int32)))
+        self.refused("unexpected_message")
+
+    def status(self) -> Status:
+        self.send(GetStatus(7))
+        return self.expect(Status)
+
+    def generate(self, request: int = 1, tokens: Sequence[int] = PROMPT, **fields: Any) -> None:
+        options = {"sampling": SAMPLING, "limits": Limits(50, (9,)), **fields}
+        self.send(Generate(request, np.array(tokens, np.int32), **options))
+
+
+def draft_hello(name: str, fingerprint: str = "f", n_slots: int = 4) -> Hello:
+    return Hello("draft", name, random.getrandbits(60), "e", "m", fingerprint, N_VOCAB, N_CTX, n_slots)
+
+
+def verifier_hello(name: str = "verifier", fingerprint: str = "f") -> Hello:
+    return Hello("verifier", name, random.getrandbits(60), "e", "m", fingerprint, N_VOCAB, N_CTX, 4, True)
+
+
+class Net:
+    """A router's clients."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._peers: list[Peer] = []
+        self.cli = self.peer(None)
+
+    def peer(self, hello: Hello | None) -> Peer:
+        self._peers.append(Peer(self._context, self.run_dir, hello))
+        return self._peers[-1]
+
+    def joined(self, hello: Hello, lag_us: int = 0) -> Peer:
+        peer = self.peer(hello)
+        peer.lag_us = lag_us
+        peer.join()
+        return peer
+
+    def gateway(self) -> Peer:
+        return self.joined(Hello("gateway", "gateway", random.getrandbits(60)))
+
+    def verifier(self, **fields: Any) -> Peer:
+        return self.joined(verifier_hello(**fields))
+
+    def draft(self, name: str = "a", lag_us: int = 0, **fields: Any) -> Peer:
+        return self.joined(draft_hello(name, **fields), lag_us)
+
+    def wait(self, condition: Callable[[Status], bool], *alive: Peer) -> Status:
+        """Ask for the status until a condition holds; the peers named go on answering pings."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition(status := self.cli.status()):
+            assert time.monotonic() < deadline, status
+            for peer in alive:
+                if peer.socket.poll(5):
+                    peer._hear()
+        return status
+
+    def peer_status(self, instance: str) -> PeerStatus:
+        return next(p for p in self.cli.status().peers if p.instance == instance)
+
+    def close(self) -> None:
+        for peer in self._peers:
+            peer.socket.close()
+        self._context.term()
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A running router's run directory; it is still alive, and ends well, after all tests."""
+    run_dir = tmp_path_factory.mktemp("router")
+    process = Process("router", run_dir, *SETTINGS)
+    process.logged("ready")
+    yield run_dir
+    assert process.running()
+    process.stop()
+    assert process.wait() == 0
+
+
+@pytest.fixture
+def net(router: Path) -> Iterator[Net]:
+    """Clients of the module's router, which has forgotten all earlier ones."""
+    net = Net(router)
+    net.wait(lambda status: not status.peers and not status.n_sessions)
+    yield net
+    net.close()
+
+
+@pytest.fixture
+def own_router(tmp_path: Path) -> Iterator[Callable[..., tuple[Process, Net]]]:
+    """Routers with settings of their own."""
+    started: list[tuple[Process, Net]] = []
+
+    def start(*overrides: str) -> tuple[Process, Net]:
+        process = Process("router", tmp_path, *SETTINGS, *overrides)
+        process.logged("ready")
+        started.append((process, Net(tmp_path)))
+        return started[-1]
+
+    yield start
+    for process, net in started:
+        net.close()
+        process.stop()
+
+
+def commit(session: int, text: list[int], *tokens: int, finish: Any = "", stats: Any = None) -> Commit:
+    """The verifier's next commit; `text` grows by it."""
+    message = Commit(session, len(text), TokenPrefix(text).hash, tokens, 0, len(text) + len(tokens), finish, stats)
+    text += tokens
+    return message
+
+
+# -- registration --
+
+
+def test_a_peer_is_welcomed_and_pinged(net: Net) -> None:
+    """Hello is answered by Welcome; Ping follows, and Pong makes the round trip known. Saying it again is harmless."""
+    verifier = net.verifier()
+    first = verifier.join()
+    assert first.heartbeat_ms == 50
+    assert verifier.join() == first
+    status = net.wait(lambda s: bool(s.peers) and s.peers[0].rtt_us > 0, verifier)
+    (peer,) = status.peers
+    assert (peer.role, peer.instance, peer.vocab_fingerprint) == ("verifier", "verifier", "f")
+    assert (peer.n_vocab, peer.n_ctx, peer.n_slots, peer.row_invariant, peer.alive) == (N_VOCAB, N_CTX, 4, True, True)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Generate(1, np.array(PROMPT, np.int32), SAMPLING, Limits(5)),
+        Commit(1, 0, 0, (1,), 0, 1),
+        Pong(1),
+        Goodbye("x"),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_an_unknown_peer_is_told_so(net: Net, message: Message) -> None:
+    """Whoever has not introduced itself, as after the router's restart, gets unknown_peer."""
+    stranger = net.peer(None)
+    stranger.send(message)
+    stranger.refused("unknown_peer")
+
+
+def test_an_unknown_worker_is_told_so(net: Net) -> None:
+    """The same on the draft workers' socket."""
+    worker = net.peer(draft_hello("a"))
+    worker.send(Proposal(1, 0, 0, (1,)))
+    worker.refused("unknown_peer")
+
+
+def test_peers_have_their_own_socket(net: Net) -> None:
+    """A draft worker at the local socket, or a verifier at the draft workers', is refused."""
+    local, remote = net.peer(None), net.peer(draft_hello("a"))
+    local.send(draft_hello("a"))
+    local.refused("wrong_socket")
+    remote.send(verifier_hello())
+    remote.refused("wrong_socket")
+    assert net.cli.status().peers == ()
+
+
+def test_a_restarted_peer_replaces_its_predecessor(net: Net) -> None:
+    """There is one peer of a name: the newest; the sessions of the old process move on."""
+    net.verifier()
+    gateway, old = net.gateway(), net.draft("a")
+    gateway.generate()
+    session = old.expect(OpenDraft).session
+    new = net.draft("a")
+    assert new.expect(OpenDraft).session == session
+    assert [p.instance for p in net.cli.status().peers if p.role == "draft"] == ["a"]
+
+
+# -- vocabulary --
+
+
+def test_a_draft_with_another_vocabulary_is_refused(net: Net) -> None:
+    """It is told both vocabularies and what to do, and is not registered; an n-gram drafter has none and is welcome."""
+    net.verifier()
+    worker = net.peer(draft_hello("a", fingerprint="other"))
+    worker.send(draft_hello("a", fingerprint="other"))
+    error = worker.refused("vocabulary_mismatch")
+    assert "other" in error.message
+    assert "f)" in error.message
+    assert error.remedy
+    net.draft("n", fingerprint="")
+    assert sorted(p.instance for p in net.cli.status().peers) == ["n", "verifier"]
+
+
+def test_a_draft_that_came_first_is_refused_too(net: Net) -> None:
+    """When the target joins later, drafts of another vocabulary are told then; the others stay."""
+    other, same = net.draft("a", fingerprint="other"), net.draft("b")
+    net.verifier()
+    other.refused("vocabulary_mismatch")
+    assert sorted(p.instance for p in net.cli.status().peers) == ["b", "verifier"]
+    same.nothing_before_now()
+
+
+# -- a generation --
+
+
+def test_a_generation_passes_through(net: Net) -> None:
+    """Every message of one generation reaches whom it is for, with what it is to carry, and the figures at the end."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(5, speculation=Speculation(n_max=3))
+    opened = verifier.expect(OpenTarget)
+    assert (opened.tokens.tolist(), opened.sampling, opened.limits) == (PROMPT, SAMPLING, Limits(50, (9,)))
+    assert opened.n_max == 3
+    drafting = worker.expect(OpenDraft)
+    assert drafting.session == opened.session
+    assert (drafting.tokens.tolist(), drafting.sampling) == (PROMPT, SAMPLING)
+    assert (drafting.stop_tokens, drafting.window) == ((9,), 5)
+    assert net.cli.status().n_sessions == 1
+
+    text = list(PROMPT)
+    proposal = Proposal(opened.session, 3, TokenPrefix(text).hash, (4, 5), (0.5, 0.25), prefill_us=30, decode_us=7)
+    worker.send(proposal)
+    forwarded = verifier.expect(Proposal)
+    assert (forwarded.tokens, forwarded.prefix_hash, forwarded.confidence) == (
+        (4, 5),
+        proposal.prefix_hash,
+        (0.5, 0.25),
+    )
+    first = commit(opened.session, text, 4, 5, 6)
+    verifier.send(first)
+    assert worker.expect(Commit) == first
+    assert gateway.expect(Tokens) == Tokens(5, (4, 5, 6), 0)
+    stats = TargetStats(n_prompt=3, rounds=2)
+    verifier.send(commit(opened.session, text, 9, finish="stop", stats=stats))
+    assert gateway.expect(Tokens).tokens == (9,)
+    assert gateway.expect(Finished) == Finished(5, "stop", stats, DraftStats("a", 2, 30, 7, 0))
+    assert worker.expect(Close) == Close(opened.session)
+    assert net.cli.status().n_sessions == 0
+
+
+def test_the_nearest_worker_drafts(net: Net) -> None:
+    """Of several workers the one with the lowest round trip gets the session, whoever came first."""
+    net.verifier()
+    gateway = net.gateway()
+    far, near = net.draft("a", lag_us=90_000_000), net.draft("b", lag_us=10_000_000)
+    net.wait(lambda s: sum(p.rtt_us > 0 for p in s.peers if p.role == "draft") == 2, far, near)
+    for request in range(2):
+        gateway.generate(request)
+        near.expect(OpenDraft)
+    far.nothing_before_now()
+
+
+def test_a_full_worker_gets_no_more(net: Net) -> None:
+    """When the nearest worker's slots are in use, the next one drafts; with none left, the target decodes alone."""
+    verifier, gateway = net.verifier(), net.gateway()
+    near, far = net.draft("a", n_slots=1), net.draft("b", n_slots=1, lag_us=90_000_000)
+    net.wait(lambda s: sum(p.rtt_us > 0 for p in s.peers if p.role == "draft") == 2, far, near)
+    for request in range(3):
+        gateway.generate(request)
+        verifier.expect(OpenTarget)
+    near.expect(OpenDraft)
+    far.expect(OpenDraft)
+    near.nothing_before_now()
+    far.nothing_before_now()
+
+
+@pytest.mark.parametrize("speculation", [Speculation("none"), Speculation(n_max=0), Speculation("elsewhere")])
+def test_plain_decoding_on_request(net: Net, speculation: Speculation) -> None:
+    """Without speculation, or with a worker that is not there, no worker hears of the session, now or later."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(speculation=speculation)
+    verifier.expect(OpenTarget)
+    worker.nothing_before_now()
+    late = net.draft("b")
+    late.nothing_before_now()
+
+
+def test_a_worker_may_be_named(net: Net) -> None:
+    """A request may ask for one worker, which gets it although another is nearer."""
+    net.verifier()
+    gateway, other, named = net.gateway(), net.draft("a"), net.draft("b", lag_us=90_000_000)
+    gateway.generate(speculation=Speculation("b"))
+    named.expect(OpenDraft)
+    other.nothing_before_now()
+
+
+def test_a_worker_that_joins_takes_over_plain_sessions(net: Net) -> None:
+    """A session without a worker gets one as soon as there is one, with all tokens so far."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate()
+    session, text = verifier.expect(OpenTarget).session, list(PROMPT)
+    verifier.send(commit(session, text, 4, 5))
+    gateway.expect(Tokens)
+    assert net.draft("a").expect(OpenDraft).tokens.tolist() == text == [1, 2, 3, 4, 5]
+
+
+def test_proposals_of_another_worker_are_not_forwarded(net: Net) -> None:
+    """Only the worker that a session has been given to is heard for it; others, and unknown sessions, are not."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session = worker.expect(OpenDraft).session
+    verifier.expect(OpenTarget)
+    stranger = net.draft("b")
+    stranger.send(Proposal(session, 3, 1, (66,)))
+    stranger.nothing_before_now()
+    worker.send(Proposal(session + 1, 3, 1, (67,)))
+    worker.send(Proposal(session, 3, 1, (4,)))
+    assert verifier.expect(Proposal).tokens == (4,)
+
+
+# -- loss --
+
+
+def test_a_lost_worker_is_replaced(net: Net) -> None:
+    """When a worker's connection closes, another gets the session with prompt and commits; the client sees nothing."""
+    verifier, gateway, lost = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = verifier.expect(OpenTarget).session, list(PROMPT)
+    lost.expect(OpenDraft)
+    verifier.send(commit(session, text, 4, 5))
+    lost.expect(Commit)
+    heir = net.draft("b")
+    lost.socket.close()
+    verifier.send(commit(session, text, 6))
+    opened = heir.expect(OpenDraft)
+    seen = opened.tokens.tolist()
+    if len(seen) < len(text):  # it took over before the last commit was there
+        seen += heir.expect(Commit).tokens
+    assert seen == text
+    verifier.send(commit(session, text, 9, finish="stop"))
+    assert [gateway.expect(Tokens).tokens for _ in range(3)] == [(4, 5), (6,), (9,)]
+    assert gateway.expect(Finished).draft == DraftStats("b", 0, 0, 0, 1)
+    heir.expect(Close)
+
+
+def test_a_worker_lost_at_the_end_leaves_nothing_behind(
+    own_router: Callable[..., tuple[Process, Net]],
+) -> None:
+    """When a worker is gone as its session ends, no other worker is given the session that is over."""
+    _process, net = own_router("router.heartbeat_ms=60000")
+    verifier, gateway, lost = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = verifier.expect(OpenTarget).session, list(PROMPT)
+    lost.expect(OpenDraft)
+    heir = net.draft("b")
+    lost.socket.close()
+    for _ in range(20):  # time for the router's side to notice
+        net.cli.status()
+    verifier.send(commit(session, text, 9, finish="stop"))
+    gateway.expect(Tokens)
+    gateway.expect(Finished)
+    heir.nothing_before_now()
+    assert net.peer_status("b").n_sessions == 0
+
+
+def test_a_draining_worker_gives_its_sessions_away(net: Net) -> None:
+    """Goodbye moves a worker's sessions at once, and it gets no new ones."""
+    net.verifier()
+    gateway, leaving = net.gateway(), net.draft("a")
+    gateway.generate(1)
+    session = leaving.expect(OpenDraft).session
+    heir = net.draft("b")
+    leaving.send(Goodbye("draining"))
+    assert heir.expect(OpenDraft).session == session
+    gateway.generate(2)
+    heir.expect(OpenDraft)
+
+
+def test_a_worker_that_fails_a_session_does_not_get_it_again(net: Net) -> None:
+    """A worker without room for a session is passed over for it; with no other one, the target decodes alone."""
+    verifier, gateway, full = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = full.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    full.send(Error(session, "no_slot", "all slots are in use"))
+    full.nothing_before_now()
+    assert net.draft("b").expect(OpenDraft).session == session
+    verifier.send(commit(session, text, 9, finish="stop"))
+    assert gateway.expect(Tokens).tokens == (9,)
+
+
+def test_a_worker_that_lost_a_commit_starts_again(net: Net) -> None:
+    """After a lost commit the same worker is told everything anew."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    verifier.send(commit(session, text, 4))
+    worker.expect(Commit)
+    worker.send(Error(session, "lost_commit", "a commit was lost"))
+    assert worker.expect(OpenDraft).tokens.tolist() == text
+
+
+def test_a_lost_verifier_ends_its_generations(net: Net) -> None:
+    """The client gets an error that says when to try again, the worker is told to stop."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(5)
+    session = verifier.expect(OpenTarget).session
+    worker.expect(OpenDraft)
+    verifier.socket.close()
+    error = gateway.refused("verifier_lost")
+    assert error.ref == 5
+    assert error.retry_after_s > 0
+    assert worker.expect(Close) == Close(session)
+    assert net.cli.status().n_sessions == 0
+
+
+def test_a_verifiers_error_reaches_the_client(net: Net) -> None:
+    """An Error about a session ends it, with the verifier's words and the client's own number."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(5)
+    session = verifier.expect(OpenTarget).session
+    worker.expect(OpenDraft)
+    verifier.send(Error(session, "draining", "shutting down", "try again", 5))
+    assert gateway.expect(Error) == Error(5, "draining", "shutting down", "try again", 5)
+    worker.expect(Close)
+
+
+def test_a_lost_gateway_cancels_its_generations(net: Net) -> None:
+    """Nobody computes for a client that is gone."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate()
+    session = verifier.expect(OpenTarget).session
+    gateway.socket.close()
+    assert verifier.expect(Close) == Close(session)
+    verifier.send(commit(session, list(PROMPT), finish="cancelled"))
+    net.wait(lambda status: status.n_sessions == 0, verifier)
+
+
+def test_silence_is_failure(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """A worker that keeps its connection but answers no ping is dropped after its deadline, its session moves on."""
+    process, net = own_router("router.heartbeat_ms=20", "router.deadline_beats=10")
+    verifier, gateway, mute, heir = net.peer(verifier_hello()), net.gateway(), net.draft("a"), net.draft("b")
+    verifier.join()
+    gateway.generate(speculation=Speculation("auto"))
+    lively = (verifier, gateway, heir)
+    net.wait(lambda s: all(p.instance != "a" for p in s.peers), *lively)
+    assert {p.instance for p in net.cli.status().peers} == {"b", "verifier", "gateway"}
+    process.logged("peer_lost", peer="a", reason="it is silent")
+    heir.expect(OpenDraft)
+    mute.socket.close()
+
+
+# -- refusals --
+
+
+def test_no_verifier(net: Net) -> None:
+    """Without a target there is nothing to do but to try again later."""
+    gateway = net.gateway()
+    gateway.generate(5)
+    error = gateway.refused("no_verifier")
+    assert (error.ref, error.retry_after_s > 0) == (5, True)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fields", "code"),
+    [
+        ([], {}, "empty_prompt"),
+        ([1] * N_CTX, {}, "context_exceeded"),
+        ([1, N_VOCAB], {}, "bad_token"),
+        ([1, -1], {}, "bad_token"),
+        (PROMPT, {"sampling": SamplingParams(logit_bias=((N_VOCAB, 1.0),))}, "bad_token"),
+        (PROMPT, {"sampling": SamplingParams(logit_bias=((-1, 1.0),))}, "bad_token"),
+    ],
+)
+def test_a_request_that_cannot_be_served(net: Net, tokens: list[int], fields: Any, code: str) -> None:
+    """It gets an error with its own number, a stable code and no advice to repeat it; nobody else hears of it."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(5, tokens, **fields)
+    error = gateway.refused(code)
+    assert (error.ref, error.retry_after_s) == (5, 0)
+    verifier.nothing_before_now()
+    assert net.cli.status().n_sessions == 0
+
+
+def test_the_longest_prompt_is_served(net: Net) -> None:
+    """A prompt that leaves room for one token is taken."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(5, [1] * (N_CTX - 1))
+    assert len(verifier.expect(OpenTarget).tokens) == N_CTX - 1
+
+
+def test_overload_is_refused(net: Net) -> None:
+    """Beyond max_sessions a request is told to come back; when one has ended, there is room again."""
+    verifier, gateway = net.verifier(), net.gateway()
+    for request in range(4):
+        gateway.generate(request)
+    error = gateway.refused("overloaded")
+    assert (error.ref, error.retry_after_s > 0) == (3, True)
+    session = verifier.expect(OpenTarget).session
+    verifier.send(commit(session, list(PROMPT), 9, finish="stop"))
+    gateway.expect(Tokens)
+    gateway.expect(Finished)
+    gateway.generate(4)
+    assert [len(verifier.expect(OpenTarget).tokens) for _ in range(3)] == [3] * 3
+
+
+def test_a_number_in_use_is_refused(net: Net) -> None:
+    """Two requests of one gateway cannot have one number at a time; those of two gateways can."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(5)
+    gateway.generate(5)
+    gateway.refused("duplicate_request")
+    other = net.joined(Hello("gateway", "other", 1))
+    other.generate(5)
+    assert verifier.expect(OpenTarget).session != verifier.expect(OpenTarget).session
+
+
+def test_cancel(net: Net) -> None:
+    """Cancel reaches the verifier as Close; its last commit ends the request. Unknown numbers are ignored."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(5)
+    session = verifier.expect(OpenTarget).session
+    gateway.send(Cancel(77))
+    gateway.send(Cancel(5))
+    assert verifier.expect(Close) == Close(session)
+    verifier.send(commit(session, list(PROMPT), finish="cancelled"))
+    assert gateway.expect(Finished).reason == "cancelled"
+    gateway.send(Cancel(5))
+    gateway.nothing_before_now()
+
+
+def test_a_commit_of_a_forgotten_session_is_answered_by_close(net: Net) -> None:
+    """A verifier that works on what nobody waits for is told to stop; its last word about it needs no answer."""
+    verifier = net.verifier()
+    verifier.send(Commit(77, 0, 0, (1,), 0, 1))
+    assert verifier.expect(Close) == Close(77)
+    verifier.send(Commit(77, 0, 0, (1,), 0, 1, "stop"))
+    verifier.nothing_before_now()
+
+
+def test_a_drain_lets_generations_end(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """After SIGTERM new requests are refused, the one in progress ends well, and the process exits with 0."""
+    process, net = own_router()
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(5)
+    session = verifier.expect(OpenTarget).session
+    process.signal(signal.SIGTERM)
+    process.logged("draining")
+    gateway.generate(6)
+    assert gateway.refused("draining").ref == 6
+    verifier.send(commit(session, list(PROMPT), 9, finish="stop"))
+    gateway.expect(Tokens)
+    assert gateway.expect(Finished).request == 5
+    assert process.wait() == 0
+
+
+# -- nonsense --
+
+
+def nonsense(chance: random.Random, sessions: Sequence[int]) -> list[bytes]:
+    """Malformed, truncated, wrong-typed or unexpected messages, and expected ones with arbitrary values."""
+    tokens = np.array([chance.randrange(-2, 102) for _ in range(chance.randrange(5))] + [-1], np.int32)
+    run = tuple(chance.randrange(200) for _ in range(chance.randrange(1, 5)))
+    session, start = chance.choice([*sessions, 0, 77]), chance.randrange(9)
+    bias = ((chance.randrange(-3, 103), -np.inf),) * chance.randrange(3)
+    message: Message = chance.choice(
+        (
+            Generate(chance.randrange(3), tokens, SamplingParams(logit_bias=bias), Limits(1), Speculation(n_max=0)),
+            Proposal(session, start, chance.randrange(99), run),
+            Commit(session, start, 0, run, 0, start),
+            Cancel(chance.randrange(3)),
+            Pong(chance.choice((0, 2**64 - 1))),
+            GetStatus(3),
+            Error(session, "x", "y"),
+            Hello("cli", "nobody", chance.randrange(3)),
+            OpenDraft(session, tokens, SAMPLING, (), 1),
+            Verdict(1, (VerdictItem(1, (), 0),)),
+            Encoded(1, tokens),
+            Tokens(1, run, 0),
+            Welcome(1, 1),
+        )
+    )
+    frames = [bytearray(frame) for frame in wire.encode(message)]
+    frame, kind = chance.choice(frames), chance.randrange(6)
+    if kind == 0 and frame:
+        frame[chance.randrange(len(frame))] ^= chance.randrange(1, 256)
+    elif kind == 1:
+        del frame[chance.randrange(len(frame) + 1) :]
+    elif kind == 2:
+        frames.append(bytearray(chance.randbytes(chance.randrange(5))))
+    elif kind == 3:
+        frames = [bytearray(chance.randbytes(chance.randrange(30))) for _ in range(chance.randrange(1, 4))]
+    return [bytes(frame) for frame in frames]
+
+
+def test_ten_thousand_bad_messages_do_not_end_it(net: Net) -> None:
+    """5,000 at each socket, from registered peers: a generation in progress does not notice."""
+    chance = random.Random(6)
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    hostile = (net.joined(Hello("gateway", "hostile", 1)), net.draft("hostile"))
+    bomb = [b"\x93\x01\xa4Ping" + b"\x91" * 1000 + b"\x01"]
+    for _ in range(50):
+        for peer in hostile:
+            for _ in range(99):
+                peer.socket.send_multipart(nonsense(chance, [session]))
+            peer.socket.send_multipart(bomb)
+            peer.send(Verdict(1, (VerdictItem(1, (), 0),)))
+            while True:  # all of the batch has been answered, or needs no answer
+                assert peer.socket.poll(PATIENCE_S * 1000)
+                answer = wire.decode(peer.socket.recv_multipart())
+                if isinstance(answer, Error) and answer.message == "Verdict has no meaning here":
+                    break
+        worker.send(Proposal(session, len(text), TokenPrefix(text).hash, (4,)))
+        assert verifier.expect(Proposal).tokens == (4,)
+        last = commit(session, text, 4)
+        verifier.send(last)
+        assert worker.expect(Commit) == last
+        assert gateway.expect(Tokens).tokens == (4,)
+    assert net.cli.status().n_sessions == 1
