@@ -41,7 +41,7 @@ DoubleArray = Annotated[npt.NDArray[np.float64], Array("float64", 1, 1 << 20)]
 IdRows = Annotated[npt.NDArray[np.int32], Array("int32", 2, 1 << 24)]
 FloatRows = Annotated[npt.NDArray[np.float32], Array("float32", 2, 1 << 26)]
 
-Role = Literal["gateway", "verifier", "draft", "cli"]
+Role = Literal["gateway", "verifier", "draft"]
 FinishReason = Literal["", "stop", "length", "cancelled"]
 """Why a generation ended; empty while it goes on."""
 
@@ -472,7 +472,7 @@ class GetStatus:
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: heard within its deadline."""
+    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: registered, and not draining."""
 
     role: Role
     instance: Name

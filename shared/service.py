@@ -38,6 +38,8 @@ EXIT_CONFIG = 78
 QUEUE_LENGTH = 1000
 """Messages that a socket queues for a peer and from it; beyond that, sends are refused."""
 
+MAILBOX_LENGTH = 4 * QUEUE_LENGTH
+
 _BURST = 64
 _POLLIN = int(zmq.POLLIN)  # the enum's own & takes microseconds
 _LOG_EVERY_S = 1.0
@@ -425,16 +427,20 @@ class EngineThread:
 
 
 class Mailbox:
-    """Hands values from the event loop to the engine thread, in order, and wakes it."""
+    """Hands values from the event loop to the engine thread, in order, and wakes it; bounded."""
 
     def __init__(self) -> None:
         self._values: list[Any] = []
         self._condition = threading.Condition()
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Any, *, force: bool = False) -> bool:
+        """Queue a value; False when the mailbox is full and the value is not forced in."""
         with self._condition:
+            if len(self._values) >= MAILBOX_LENGTH and not force:
+                return False
             self._values.append(value)
             self._condition.notify()
+            return True
 
     def take(self, timeout_s: float | None) -> list[Any]:
         """All values there are; waits up to timeout_s for the first one (None: forever, 0: not at all)."""

@@ -12,7 +12,7 @@ from services.draft.worker import Worker
 from shared import trace
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
-from shared.messages import Close, Commit, Hello, Message, OpenDraft
+from shared.messages import Close, Commit, Error, Hello, Message, OpenDraft
 from shared.peer import RouterConnection
 from shared.service import EngineThread, Mailbox, Service, version
 from shared.settings import Settings
@@ -67,11 +67,13 @@ class DraftService(Service):
     def _receive(self, _peer: bytes, message: Any) -> None:
         if isinstance(message, Commit):
             trace.mark("draft.commit", message.session, message.start)
-        self._mailbox.put(message)
+        # A commit that finds no room leaves a gap, which the next one shows: the session is opened again.
+        if not self._mailbox.put(message, force=isinstance(message, Close)) and isinstance(message, OpenDraft):
+            self._send([Error(message.session, "overloaded", "this draft worker is not keeping up", "", 1)])
 
     def _router_lost(self, reason: str) -> None:
         self.log.warning("sessions_dropped", reason=reason)
-        self._mailbox.put(_FORGET)
+        self._mailbox.put(_FORGET, force=True)
 
     def drain(self) -> None:
         # Its sessions move on to another worker at once; nothing is lost by leaving.
@@ -83,7 +85,7 @@ class DraftService(Service):
 
     def stop(self) -> None:
         self._stopping = True
-        self._mailbox.put(_WAKE)
+        self._mailbox.put(_WAKE, force=True)
         self._thread.join(10)
 
     def _send(self, messages: Sequence[Message]) -> None:

@@ -303,6 +303,10 @@ class RouterService(Service):
             if not message.finish:
                 self._send(verifier, Close(message.session))
             return
+        if message.start != len(session.tokens):
+            self._send(verifier, Close(session.id))
+            self._fail(session, Error(0, "lost_commit", "a part of the text was lost on the way", "try again", 1))
+            return
         session.committed(message)  # first, so that a worker which takes over now gets these tokens too
         if session.draft is not None:
             if message.finish:  # a worker that is gone is noticed later: no other one is to take over what has ended

@@ -93,12 +93,16 @@ class SamplerService(Service):
         client = self._client(peer)
         try:
             asked = questions(message, {s.id: s.n_vocab for s in client.sessions.values()})
-            for question in asked:
-                if question.rows.n_vocab:
-                    question.rows.check()
         except WireError as error:
             self._refuse(peer, message.step, error)
             return
+        for question in asked:
+            try:
+                if question.rows.n_vocab:
+                    question.rows.check()
+            except WireError as error:
+                self._refuse(peer, question.item.session, error)
+                return
         client.step = Step(message.step, asked, [None] * len(asked))
         self._rows += len(message.top_ids)
         self._decide(peer, client, started)

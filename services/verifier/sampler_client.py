@@ -40,6 +40,18 @@ class Stopped(Exception):
     """The verifier is to end while it waits for a verdict."""
 
 
+class StepRefused(Exception):
+    """The sampler cannot decide a step: its rows, or one session's parameters, are wrong.
+
+    sessions: those that can only be ended; the others may ask again.
+    """
+
+    def __init__(self, sessions: frozenset[int], error: Error) -> None:
+        super().__init__(error.message)
+        self.sessions = sessions
+        self.error = error
+
+
 class SamplerClient:
     """Owned by the engine thread.
 
@@ -126,6 +138,7 @@ class SamplerClient:
 
         Raises:
             Stopped: see `alive`.
+            StepRefused: asking again would be refused again.
         """
         trace.mark("verifier.asking")
         self._link.send(verify)
@@ -153,6 +166,11 @@ class SamplerClient:
                 self._link.send(verify)
             elif isinstance(message, Error):
                 self._log.error("sampler_error", code=message.code, reason=message.message)
+                everyone = frozenset(session.id for session in sessions)
+                if message.ref in everyone:
+                    raise StepRefused(frozenset((message.ref,)), message)
+                if message.ref == verify.step:
+                    raise StepRefused(everyone, message)
             elif message is None and time.monotonic() > deadline:
                 self._log.warning("sampler_silent", step=verify.step)
                 self._link.send(verify)

@@ -13,7 +13,7 @@ from shared import trace
 from shared.engine.interface import Engine, EngineInfo
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
-from shared.messages import Close, Commit, Error, Hello, Message, OpenTarget, Proposal
+from shared.messages import MAX_STEP_SESSIONS, Close, Commit, Error, Hello, Message, OpenTarget, Proposal
 from shared.peer import RouterConnection
 from shared.service import BlockingLink, EngineThread, Mailbox, Service, version
 from shared.settings import Settings
@@ -67,11 +67,13 @@ class VerifierService(Service):
         if isinstance(message, OpenTarget) and self.draining:
             self._send([Error(message.session, "draining", "the verifier is shutting down", "try again", 5)])
             return
-        self._mailbox.put(message)
+        # A proposal that finds no room is lost; the next commit shows it, and it is sent again.
+        if not self._mailbox.put(message, force=isinstance(message, Close)) and isinstance(message, OpenTarget):
+            self._send([Error(message.session, "overloaded", "the verifier is not keeping up", "try again", 1)])
 
     def _router_lost(self, reason: str) -> None:
         self.log.warning("sessions_dropped", reason=reason)
-        self._mailbox.put(_FORGET)
+        self._mailbox.put(_FORGET, force=True)
 
     def idle(self) -> bool:
         return self._n_sessions == 0
@@ -85,7 +87,7 @@ class VerifierService(Service):
 
     def stop(self) -> None:
         self._stopping = True
-        self._mailbox.put(_WAKE)
+        self._mailbox.put(_WAKE, force=True)
         self._thread.join(10)
 
     def _send(self, messages: Sequence[Message]) -> None:
@@ -136,6 +138,8 @@ class VerifierService(Service):
             settings = self.settings.verifier
             self.log.info("loading", model=settings.engine.model, engine=settings.engine.engine)
             engine = load_engine(settings.engine)
+            if engine.info.n_slots > MAX_STEP_SESSIONS:
+                raise SettingsError(f"verifier.engine.n_slots is {engine.info.n_slots}, at most {MAX_STEP_SESSIONS}")
             rows = engine.info.n_slots * (settings.n_max + 1)
             if engine.info.n_batch <= rows:
                 raise SettingsError(

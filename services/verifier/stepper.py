@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from services.verifier import policy
-from services.verifier.sampler_client import SamplerClient
+from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
 from shared.engine.slots import SlotTable
-from shared.messages import Close, Commit, FinishReason, Limits, Message, OpenTarget, Proposal
+from shared.messages import Close, Commit, Error, FinishReason, Limits, Message, OpenTarget, Proposal
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
 
@@ -88,7 +88,7 @@ class Stepper:
             rows = share.n_proposals + 1 if share.final else 0
             chunks.append(Chunk(session.slot, session.cached, np.array(committed + proposed, np.int32), rows))
             taking_part.append((session, share))
-        trace.mark("verifier.planned", taking_part[0][0].id, len(taking_part[0][0].prefix))
+        trace.mark("verifier.planned")
         started = monotonic_us()
         logits = self._engine.forward(chunks)
         trace.mark("verifier.computed")
@@ -102,7 +102,12 @@ class Stepper:
             else:
                 session.counters.prefill_us += computed - started
         if question is not None:
-            verdicts = self._sampler.ask(question, [s for s, _ in deciding], logits)
+            try:
+                verdicts = self._sampler.ask(question, [s for s, _ in deciding], logits)
+            except StepRefused as refusal:
+                self._refused(refusal, taking_part)
+                self.flush()
+                return
             decided = monotonic_us()
             trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
@@ -119,6 +124,18 @@ class Stepper:
                 session.cached += min(verdict.n_accepted, n_proposals)
                 self._commit(session, verdict.tokens, verdict.n_accepted, verdict.finish)
         self.flush()
+
+    def _refused(self, refusal: StepRefused, taking_part: Sequence[tuple[TargetSession, policy.Share]]) -> None:
+        """End the sessions that cannot be decided; for the others it is as if the step had not been."""
+        for session, share in taking_part:
+            if session.id in refusal.sessions:
+                error = refusal.error
+                self._out.append(Error(session.id, error.code, error.message, error.remedy))
+                session.cached -= share.pending  # what the step has added may be what was wrong with it
+                self._release(session)
+                self._sampler.close([session.id])
+            elif share.final:
+                session.cached -= share.pending
 
     def flush(self) -> None:
         """Send what has been gathered for the router."""

@@ -94,7 +94,7 @@ class SparseRows:
                 raise WireError("sparse rows: the leaders are not sorted by descending logit and ascending id")
         if not n_asked:
             return
-        if (self.asked_ids[0] < 0 or self.asked_ids[-1] >= self.n_vocab):
+        if self.asked_ids[0] < 0 or self.asked_ids[-1] >= self.n_vocab:
             raise WireError("sparse rows: an asked id is outside the vocabulary")
         if (np.diff(self.asked_ids) <= 0).any():
             raise WireError("sparse rows: asked ids are not ascending and distinct")

@@ -325,23 +325,26 @@ def test_the_engine_time_is_reported() -> None:
 small_run = st.lists(st.integers(0, 2), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=200)
 @given(
-    st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.tuples(st.integers(0, 5), small_run)), st.data()
+    st.lists(st.integers(0, 2), min_size=1, max_size=12),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 5), small_run), max_size=8),
+    st.integers(1, 6),
 )
 def test_ngram_rollback_equals_a_fresh_session(
-    prompt: list[int], rounds: list[tuple[int, list[int]]], data: st.DataObject
+    prompt: list[int], rounds: list[tuple[bool, int, list[int]]], window: int
 ) -> None:
-    """After any refusals the index holds the text again, nothing refused: the proposals are prompt lookup's own."""
-    window = data.draw(st.integers(1, 6))
+    """After any agreements and a refusal the index holds the text and nothing refused: prompt lookup's own answer."""
     harness = Harness(NgramDrafter())
     harness.open(1, prompt, window=window)
-    for n_accepted, then in rounds:
+    for agrees, n_accepted, then in [*rounds, (False, 1, [0])]:
         harness.run()
         own = harness.proposed(1)
-        if n_accepted < len(own):
-            then = [own[n_accepted] + 1, *then]
-        harness.commit(1, [*own[:n_accepted], *then])
+        if agrees and own:
+            harness.commit(1, own[: max(1, n_accepted)])
+            continue
+        wrong = [own[n_accepted] + 1] if n_accepted < len(own) else []
+        harness.commit(1, [*own[:n_accepted], *wrong, *then])
     harness.run()
     assert harness.proposed(1) == propose(harness.texts[1], window)
 

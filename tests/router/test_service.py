@@ -630,6 +630,19 @@ def test_a_commit_of_a_forgotten_session_is_answered_by_close(net: Net) -> None:
     verifier.nothing_before_now()
 
 
+@pytest.mark.parametrize("start", [4, 2], ids=["a gap", "a repetition"])
+def test_a_lost_commit_ends_the_generation(net: Net, start: int) -> None:
+    """Text with a hole never reaches a client: the generation ends with an error and the verifier is told to stop."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(5)
+    session = verifier.expect(OpenTarget).session
+    worker.expect(OpenDraft)
+    verifier.send(Commit(session, start, 0, (7,), 0, start + 1))
+    assert gateway.refused("lost_commit").ref == 5
+    assert verifier.expect(Close) == Close(session)
+    assert worker.expect(Close) == Close(session)
+
+
 def test_a_drain_lets_generations_end(own_router: Callable[..., tuple[Process, Net]]) -> None:
     """After SIGTERM new requests are refused, the one in progress ends well, and the process exits with 0."""
     process, net = own_router()
@@ -664,7 +677,7 @@ def nonsense(chance: random.Random, sessions: Sequence[int]) -> list[bytes]:
             Pong(chance.choice((0, 2**64 - 1))),
             GetStatus(3),
             Error(session, "x", "y"),
-            Hello("cli", "nobody", chance.randrange(3)),
+            Hello("gateway", "nobody", chance.randrange(3)),
             OpenDraft(session, tokens, SAMPLING, (), 1),
             Verdict(1, (VerdictItem(1, (), 0),)),
             Encoded(1, tokens),

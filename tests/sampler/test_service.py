@@ -198,26 +198,28 @@ def test_rows_of_another_step_are_ignored(verifier: Verifier) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "ref"),
     [
-        lambda v: replace(v, lse=np.zeros(3)),
-        lambda v: replace(v, top_ids=v.top_ids + N_VOCAB),
-        lambda v: replace(v, top_ids=v.top_ids * 0),
-        lambda v: replace(v, top_logits=np.full_like(v.top_logits, np.nan)),
-        lambda v: replace(v, top_logits=-v.top_logits),
-        lambda v: replace(v, top_ids=np.empty((1, 0), np.int32), top_logits=np.empty((1, 0), np.float32)),
-        lambda v: replace(v, asked_ids=np.zeros(1, np.int32)),
-        lambda v: replace(v, items=(replace(v.items[0], n_asked=2**32 - 1),)),
+        (lambda v: replace(v, lse=np.zeros(3)), 5),
+        (lambda v: replace(v, asked_ids=np.zeros(1, np.int32)), 5),
+        (lambda v: replace(v, items=(replace(v.items[0], n_asked=2**32 - 1),)), 5),
+        (lambda v: replace(v, top_ids=v.top_ids + N_VOCAB), 1),
+        (lambda v: replace(v, top_ids=v.top_ids * 0), 1),
+        (lambda v: replace(v, top_logits=np.full_like(v.top_logits, np.nan)), 1),
+        (lambda v: replace(v, top_logits=-v.top_logits), 1),
+        (lambda v: replace(v, top_ids=np.empty((1, 0), np.int32), top_logits=np.empty((1, 0), np.float32)), 1),
     ],
-    ids=["lse", "ids", "twice", "nan", "unsorted", "no columns", "asked", "n_asked"],
+    ids=["lse", "asked", "n_asked", "ids", "twice", "nan", "unsorted", "no columns"],
 )
-def test_a_malformed_step_is_refused(verifier: Verifier, spoil: Any) -> None:
-    """Arrays that break the rules get an Error with the step's number; the session is as it was before."""
+def test_a_malformed_step_is_refused(verifier: Verifier, spoil: Any, ref: int) -> None:
+    """What breaks the rules gets an Error that names the session, or the step where that cannot be told; nothing is
+    changed by it.
+    """
     verifier.open()
     good = verify(5, PROMPT, [], [4])
     refused = verifier.ask(spoil(good))
     assert isinstance(refused, Error)
-    assert (refused.ref, refused.code) == (5, "bad_message")
+    assert (refused.ref, refused.code) == (ref, "bad_message")
     assert verifier.ask(good).items == (VerdictItem(1, (4,), 0),)
 
 

@@ -34,7 +34,7 @@ from shared.messages import (
     Tokens,
     Welcome,
 )
-from shared.service import EXIT_CONFIG, QUEUE_LENGTH, Mailbox
+from shared.service import EXIT_CONFIG, MAILBOX_LENGTH, QUEUE_LENGTH, Mailbox
 
 pytestmark = pytest.mark.pipeline
 
@@ -486,3 +486,13 @@ def test_a_mailbox_keeps_order_and_wakes_its_reader() -> None:
     mailbox.put(3)
     reader.join(PATIENCE_S)
     assert received == [[3]]
+
+
+def test_a_mailbox_is_bounded() -> None:
+    """A full box takes nothing more, except what must not be lost; emptied, it takes again."""
+    mailbox = Mailbox()
+    assert all(mailbox.put(value) for value in range(MAILBOX_LENGTH))
+    assert not mailbox.put(-1)
+    assert mailbox.put(-2, force=True)
+    assert mailbox.take(0) == [*range(MAILBOX_LENGTH), -2]
+    assert mailbox.put(1)

@@ -117,7 +117,6 @@ class DirectLink:
             return None
         message = self._answers.popleft()
         self.kinds.append(type(message))
-        assert not isinstance(message, Error), message
         return message
 
 
@@ -133,6 +132,7 @@ class World:
         self.commits: dict[int, list[Commit]] = {}
         self.texts: dict[int, list[int]] = {}
         self.prompts: dict[int, list[int]] = {}
+        self.errors: list[Error] = []
         self.build()
 
     def build(self) -> None:
@@ -143,6 +143,9 @@ class World:
 
     def hear(self, messages: Sequence[Message]) -> None:
         for commit in messages:
+            if isinstance(commit, Error):
+                self.errors.append(commit)
+                continue
             assert isinstance(commit, Commit)
             text = self.texts[commit.session]
             assert commit.start == len(text)
@@ -203,6 +206,7 @@ def make_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
     yield make
     for world in worlds:
         world.sampler.context.term()
+        assert not world.errors, "a test that expects errors takes them away"
 
 
 @pytest.fixture
@@ -530,3 +534,28 @@ def test_proposals_outside_the_vocabulary_are_dropped(world: World) -> None:
     world.run()
     assert world.generated(1) == greedy(prompt(9), 6)
     assert world.stats(1).n_proposed == 0
+
+
+def test_a_session_that_cannot_be_decided_ends_alone(make_world: MakeWorld) -> None:
+    """A session whose parameters the sampler refuses ends with its error; the others lose a step and no token."""
+    world = make_world(n_slots=3)
+    world.open(1, prompt(9, seed=1))
+    world.open(2, prompt(9, seed=2), sampling=SamplingParams(logit_bias=((1, np.inf),)))
+    world.open(3, prompt(9, seed=1), sampling=COUPLED)
+    world.run()
+    assert [(error.ref, error.code) for error in world.errors] == [(2, "bad_request")]
+    world.errors.clear()
+    assert world.commits[2] == []
+    assert world.generated(1) == greedy(prompt(9, seed=1), 12)
+    assert len(world.generated(3)) == 12
+    world.open(4, prompt(9, seed=2))
+    world.run()
+    assert world.generated(4) == greedy(prompt(9, seed=2), 12), "its slot is free, and true"
+
+
+def test_banning_everything_ends_the_session(world: World) -> None:
+    """A request that leaves no token to choose gets an error instead of a verifier that asks for ever."""
+    world.open(1, prompt(9), sampling=SamplingParams(logit_bias=tuple((t, -np.inf) for t in range(N_VOCAB))))
+    world.run()
+    assert [error.ref for error in world.errors] == [1]
+    world.errors.clear()
