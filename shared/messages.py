@@ -28,6 +28,7 @@ MAX_TEXT = 8 << 20
 
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
+VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 Position = Annotated[int, Range(0, MAX_CONTEXT)]
 Micros = Annotated[int, Range(0, 2**53)]
@@ -67,7 +68,7 @@ class Hello:
     engine: Name = ""
     model: Name = ""
     vocab_fingerprint: Name = ""
-    n_vocab: U32 = 0
+    n_vocab: VocabSize = 0
     n_ctx: Position = 0
     n_slots: U32 = 0
     row_invariant: bool = False
@@ -136,7 +137,7 @@ class Description:
     ref: U64
     model: Name
     vocab_fingerprint: Name
-    n_vocab: U32
+    n_vocab: VocabSize
     n_ctx_train: U32
     eog_ids: Annotated[tuple[Token, ...], Range(0, 256)]
     chat_template: Annotated[str, Range(0, 1 << 20)] = ""
@@ -370,7 +371,7 @@ class OpenSampling:
     session: U64
     tokens: TokenArray
     n_prompt: Position
-    n_vocab: U32
+    n_vocab: VocabSize
     sampling: SamplingParams
     limits: Limits
 
@@ -479,7 +480,7 @@ class PeerStatus:
     engine: Name
     model: Name
     vocab_fingerprint: Name
-    n_vocab: U32
+    n_vocab: VocabSize
     n_ctx: Position
     n_slots: U32
     n_sessions: U32

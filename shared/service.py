@@ -222,6 +222,8 @@ def _claim_socket_path(path: Path) -> None:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and not path.is_socket():
+            raise SettingsError(f"{path} is in the way of a socket", "choose another endpoint or run_dir")
         if path.exists():
             with socket.socket(socket.AF_UNIX) as probe:
                 try:

@@ -6,6 +6,7 @@ session's draft worker is invisible to the verifier. It never holds anything bac
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -229,6 +230,8 @@ class RouterService(Service):
                 "shorten the prompt, or raise verifier.engine.n_ctx",
                 "context_exceeded",
             )
+        if any(not bias < math.inf for _, bias in message.sampling.logit_bias):
+            raise RequestError("a logit_bias is not a number, or infinite", "-inf bans a token", "bad_logit_bias")
         ids = [int(message.tokens.min()), int(message.tokens.max()), *(i for i, _ in message.sampling.logit_bias)]
         for token in ids:
             if not 0 <= token < target.n_vocab:

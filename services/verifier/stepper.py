@@ -6,7 +6,6 @@ the proposals that are there, down to none.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,8 +40,8 @@ class Stepper:
         # A chunk must fit beside the rows of every decoding session, or prompts could starve.
         reserved = engine.info.n_slots * (settings.n_max + 1)
         self._prefill_chunk = max(1, min(settings.prefill_chunk, self._n_batch - reserved))
-        self._slots = SlotTable(engine.info.n_slots)
-        self._waiting: deque[TargetSession] = deque()
+        self._slots = SlotTable(engine.info.n_slots, align=1 if engine.info.row_invariant else self._prefill_chunk)
+        self._waiting: dict[int, TargetSession] = {}  # in the order of arrival
         self._running: dict[int, TargetSession] = {}
         self._out: list[Message] = []
 
@@ -57,7 +56,7 @@ class Stepper:
     def receive(self, message: Any) -> None:
         """Take in an OpenTarget, Proposal or Close."""
         if isinstance(message, Proposal):
-            session = self._running.get(message.session)
+            session = self._running.get(message.session) or self._waiting.get(message.session)
             if session is not None and max(message.tokens) < self._engine.info.n_vocab:
                 session.offer(message)
         elif isinstance(message, OpenTarget):
@@ -67,7 +66,7 @@ class Stepper:
 
     def forget_all(self) -> None:
         """Drop every session: the router that knew them is gone."""
-        ids = [s.id for s in self._waiting] + list(self._running)
+        ids = [*self._waiting, *self._running]
         self._waiting.clear()
         for session in list(self._running.values()):
             self._release(session)
@@ -148,16 +147,16 @@ class Stepper:
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
         n_max = min(self._n_max, message.n_max)
         session = TargetSession(message.session, message.tokens, message.sampling, limits, n_max, monotonic_us())
-        self._waiting.append(session)
+        self._waiting[session.id] = session
 
     def _admit(self) -> None:
         while self._waiting:
-            session = self._waiting[0]
+            session = next(iter(self._waiting.values()))
             prompt = np.array(session.prefix.tokens, np.int32)
             placement = self._slots.acquire(session.id, prompt)
             if placement is None:
                 return
-            self._waiting.popleft()
+            del self._waiting[session.id]
             if placement.reuse_slot != placement.slot:
                 self._engine.copy_prefix(placement.reuse_slot, placement.slot, placement.reuse_length)
             else:
@@ -200,22 +199,11 @@ class Stepper:
         if session is not None:
             self._commit(session, (), 0, "cancelled")
             return
-        for session in self._waiting:
-            if session.id == session_id:
-                self._waiting.remove(session)
-                self._out.append(
-                    Commit(
-                        session_id,
-                        len(session.prefix),
-                        session.prefix.hash,
-                        (),
-                        0,
-                        session.known,
-                        "cancelled",
-                        session.stats(monotonic_us()),
-                    )
-                )
-                return
+        session = self._waiting.pop(session_id, None)
+        if session is not None:
+            start, prefix_hash = len(session.prefix), session.prefix.hash
+            stats = session.stats(monotonic_us())
+            self._out.append(Commit(session_id, start, prefix_hash, (), 0, session.known, "cancelled", stats))
 
     def _release(self, session: TargetSession) -> None:
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))

@@ -99,9 +99,11 @@ class SlotTable:
     Args:
         n_slots: the engine's number of slots.
         min_copy: a prefix is copied from another slot only when that saves computing at least so many tokens.
+        align: only multiples of so many tokens are reused. With an engine whose rows depend on their batch, and prompts
+            computed in chunks of `align`, what is reused was computed as it would be anew.
     """
 
-    def __init__(self, n_slots: int, *, min_copy: int = 16) -> None:
+    def __init__(self, n_slots: int, *, min_copy: int = 16, align: int = 1) -> None:
         if n_slots < 1:
             raise EngineError(f"n_slots is {n_slots}", "an engine needs at least one slot", "bad_slot")
         self._cached: list[Int32] = [_EMPTY] * n_slots
@@ -109,6 +111,7 @@ class SlotTable:
         self._slots: dict[Hashable, int] = {}
         self._busy = [False] * n_slots
         self._min_copy = max(1, min_copy)
+        self._align = align
         self._clock = 0
 
     @property
@@ -151,6 +154,7 @@ class SlotTable:
         tokens = np.array(tokens, np.int32)
         limit = len(tokens) - 1
         shared = [min(common_prefix(cached, tokens), limit) for cached in self._cached]
+        shared = [length - length % self._align for length in shared]
         slot = max(free, key=lambda s: (shared[s], -self._last_use[s]))
         if shared[slot] < self._min_copy:  # too little to sacrifice a recent conversation for
             slot = min(free, key=lambda s: (len(self._cached[s]) > 0, self._last_use[s]))
