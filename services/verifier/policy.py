@@ -43,7 +43,8 @@ def plan(sessions: Sequence[Ready], n_batch: int, prefill_chunk: int) -> list[Sh
 
     Sessions that decode come first, since their clients are waiting for the next token; what room is left goes to
     prompts. Chunks of a prompt end at multiples of prefill_chunk, so that how a prompt is cut depends on nothing
-    else; the proposals of a session are what is cut when room is short.
+    else; the proposals of a session are what is cut when room is short. A step that ends a prompt verifies none: it has
+    many rows, whose values an engine without row invariance computes otherwise than those of a few.
     """
     shares = [Share(0, 0, False)] * len(sessions)
     room = n_batch
@@ -59,10 +60,7 @@ def plan(sessions: Sequence[Ready], n_batch: int, prefill_chunk: int) -> list[Sh
         chunk = prefill_chunk - session.cached % prefill_chunk
         if chunk > room:
             continue
-        if session.pending <= chunk:
-            length = min(speculation_length(session), room - session.pending)
-            shares[i] = Share(session.pending, length, True)
-        else:
-            shares[i] = Share(chunk, 0, False)
-        room -= shares[i].pending + shares[i].n_proposals
+        pending = min(session.pending, chunk)
+        shares[i] = Share(pending, 0, pending == session.pending)
+        room -= pending
     return shares
