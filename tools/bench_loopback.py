@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,7 @@ class Hop:
     """One leg of a path: microseconds, one for each time it was travelled."""
 
     name: str
-    times_us: np.ndarray
+    times_us: npt.NDArray[np.float64]
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.times_us, q)) if len(self.times_us) else float("nan")

@@ -9,12 +9,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from services.verifier.session import TargetSession
 from shared import trace
-from shared.engine.interface import Logits
+from shared.engine.interface import Float32, Int32, Logits
 from shared.errors import WireError
 from shared.logs import Logger
 from shared.messages import (
@@ -98,10 +100,10 @@ class SamplerClient:
         wants_mass = any(sparse.needs_lse(session.sampling, top_k, self._n_vocab) for session, _ in items)
         lse = logits.log_sum_exp() if wants_mass else np.full(logits.n_rows, np.nan)
         parts: list[VerifyItem] = []
-        asked_ids: list[np.ndarray] = []
-        asked_logits: list[np.ndarray] = []
-        q_ids: list[np.ndarray] = []
-        q_probs: list[np.ndarray] = []
+        asked_ids: list[Int32] = []
+        asked_logits: list[Float32] = []
+        q_ids: list[Int32] = []
+        q_probs: list[Float32] = []
         row = 0
         for session, n_proposals in items:
             proposals = session.proposals(n_proposals)
@@ -177,5 +179,5 @@ class SamplerClient:
                 deadline = time.monotonic() + _RETRY_MS / 1000
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype)

@@ -135,8 +135,8 @@ class NumpyEngine:
         n = len(x)
         qkv = ops.linear(layer.qkv, ops.rms_norm(x, layer.attention_norm, config.rms_eps))
         n_q, n_k = heads * head_dim, kv_heads * head_dim
-        q = qkv[:, :n_q].reshape(n, heads, head_dim)
-        k = qkv[:, n_q : n_q + n_k].reshape(n, kv_heads, head_dim)
+        q: Float32 = qkv[:, :n_q].reshape(n, heads, head_dim)
+        k: Float32 = qkv[:, n_q : n_q + n_k].reshape(n, kv_heads, head_dim)
         v = qkv[:, n_q + n_k :].reshape(n, kv_heads, value_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = ops.rms_norm(q, layer.q_norm, config.rms_eps)
