@@ -165,7 +165,7 @@ def keep(params: SamplingParams, ranked: Ranked) -> Kept:
     certain = ranked.certain
     ranks = np.arange(width)
     known_rank: Bool = ranks < certain[:, None]
-    possible = np.ones((n_rows, width), np.bool_)
+    possible: Bool = np.ones((n_rows, width), np.bool_)
     if top_k:
         sure, unknown = known_rank.copy(), certain < top_k
     else:
