@@ -6,8 +6,10 @@ pings, and introduces itself again when the router says that it does not know it
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import zmq
 
@@ -66,6 +68,11 @@ class RouterConnection:
     def goodbye(self, reason: str) -> None:
         self._link.send(Goodbye(reason))
 
+    def _lose(self, reason: str) -> None:
+        """Drop what the sessions hold here, and come back as a new peer, so that the router drops them too."""
+        self._hello = replace(self._hello, boot=random.getrandbits(64))
+        self._on_router_lost(reason)
+
     def _introduce(self) -> None:
         self._link.send(self._hello)
 
@@ -73,7 +80,7 @@ class RouterConnection:
         if self.connected and time.monotonic() - self._heard > _SILENT_BEATS * self._heartbeat_s:
             self.connected = False
             self._service.log.warning("router_silent")
-            self._on_router_lost("the router is silent")
+            self._lose("the router is silent")
         if not self.connected:
             self._introduce()
 
@@ -81,7 +88,7 @@ class RouterConnection:
         self._heard = time.monotonic()
         self._heartbeat_s = message.heartbeat_ms / 1000
         if self._router_boot not in (0, message.boot):
-            self._on_router_lost("the router has restarted")
+            self._lose("the router has restarted")
         if not self.connected:
             self._service.log.info("router_connected")
         self._router_boot = message.boot
@@ -95,7 +102,7 @@ class RouterConnection:
         if message.code == UNKNOWN_PEER:
             if self.connected:
                 self.connected = False
-                self._on_router_lost("the router has forgotten this peer")
+                self._lose("the router has forgotten this peer")
                 self._introduce()
         elif message.code in REFUSED:
             raise SettingsError(message.message, message.remedy, message.code)

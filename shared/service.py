@@ -262,6 +262,9 @@ class Service(ABC):
         self.loop: asyncio.AbstractEventLoop
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.draining = False
+        self.threads: list[EngineThread] = []
+        self.join_s = 10.0
+        """How long `stop` may wait for a thread to end."""
         self._links: list[Link] = []
         self._done: asyncio.Event
         self._failure: BaseException | None = None
@@ -333,7 +336,10 @@ class Service(ABC):
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, stopping.set)
         try:
-            await self.start()
+            if not await self._started_before(stopping):
+                self.log.info("stopped_while_loading")
+                self.join_s = 0.1
+                return 0
             self.log.info("ready", version=version())
             notify("READY=1")
             watchdog_us = int(os.environ.get("WATCHDOG_USEC", 0))
@@ -352,12 +358,28 @@ class Service(ABC):
             self._failure = self._failure or error
         finally:
             self.stop()
+            if self.settings.trace_dir:
+                trace.write(Path(self.settings.trace_dir), f"{self.name}-{self.instance}")
+            if any(thread.alive for thread in self.threads):
+                # It hangs, or loads a model; its sockets would keep the context from ending.
+                self.log.warning("engine_thread_abandoned")
+                status = self._report()
+                sys.stdout.flush()
+                os._exit(status)
             for link in self._links:
                 link.close()
             self.context.term()
-            if self.settings.trace_dir:
-                trace.write(Path(self.settings.trace_dir), f"{self.name}-{self.instance}")
         return self._report()
+
+    async def _started_before(self, stopping: asyncio.Event) -> bool:
+        """Start; False when the service is asked to stop before it is ready."""
+        starting = asyncio.ensure_future(self.start())
+        await _first(asyncio.shield(starting), stopping.wait(), self._done.wait())
+        if starting.done():
+            starting.result()
+            return True
+        starting.cancel()
+        return False
 
     def _report(self) -> int:
         error = self._failure
@@ -405,6 +427,7 @@ class EngineThread:
         self._service = service
         self._run = run
         self._beat = time.monotonic()
+        service.threads.append(self)
         self._thread = threading.Thread(target=self._guard, name=name, daemon=True)
 
     def start(self) -> None:
@@ -412,6 +435,10 @@ class EngineThread:
 
     def beat(self) -> None:
         self._beat = time.monotonic()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def beat_age_s(self) -> float:

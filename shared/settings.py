@@ -6,7 +6,6 @@ Invariant: a `Settings` is complete and valid; whoever holds one need not check 
 from __future__ import annotations
 
 import difflib
-import getpass
 import os
 import sys
 import tempfile
@@ -34,7 +33,7 @@ DrafterKind = Literal["model", "ngram", "garbage"]
 def default_run_dir() -> Path:
     """A private directory for the sockets of one user's fleet."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "draftwire" if base else Path(tempfile.gettempdir()) / f"draftwire-{getpass.getuser()}"
+    return Path(base) / "draftwire" if base else Path(tempfile.gettempdir()) / f"draftwire-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,7 +139,9 @@ def check_gpu() -> Iterator[Finding]:
     if answer.returncode != 0 or not gpus:
         yield Finding("gpu", "WARN", f"nvidia-smi finds no GPU: {lost}", "check the NVIDIA driver")
     elif importlib.util.find_spec("cupy") is None:
-        yield Finding("gpu", "WARN", f"{'; '.join(gpus)}, but no CuPy: {lost}", "pip install 'draftwire[cuda]'")
+        yield Finding(
+            "gpu", "WARN", f"{'; '.join(gpus)}, but no CuPy: {lost}", "nothing to do: this version computes on the CPU"
+        )
     else:
         yield Finding("gpu", "OK", "; ".join(gpus))
 

@@ -53,7 +53,7 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
                 await asyncio.sleep(0.1)
             started.set()
             await asyncio.to_thread(ended.wait)
-        except DraftwireError as error:
+        except Exception as error:  # whatever it is, the owner must not be given a dead fleet
             failure.append(str(error))
         finally:
             await supervisor.stop()

@@ -86,7 +86,7 @@ class DraftService(Service):
     def stop(self) -> None:
         self._stopping = True
         self._mailbox.put(_WAKE, force=True)
-        self._thread.join(10)
+        self._thread.join(self.join_s)
 
     def _send(self, messages: Sequence[Message]) -> None:
         assert self._connection is not None

@@ -20,14 +20,15 @@ _TYPES: Final = {
 
 _STATUS_OF_CODE: Final = {
     "bad_request": 400,
+    "bad_logit_bias": 400,
     "bad_token": 400,
     "context_exceeded": 400,
     "empty_prompt": 400,
     "invalid_text": 400,
     "invalid_token": 400,
     "text_too_long": 400,
-    "queue_full": 429,
     "draining": 503,
+    "lost_commit": 503,
     "no_verifier": 503,
     "overloaded": 503,
     "verifier_lost": 502,
@@ -35,6 +36,7 @@ _STATUS_OF_CODE: Final = {
 _PARAM_OF_CODE: Final = {
     "context_exceeded": "prompt",
     "empty_prompt": "prompt",
+    "bad_logit_bias": "logit_bias",
     "bad_token": "prompt",
     "invalid_text": "prompt",
 }

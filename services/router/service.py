@@ -360,11 +360,21 @@ class RouterService(Service):
         self._forget(session)
 
     def _forget(self, session: Session) -> None:
+        drafted = session.draft is not None
         self._unassign(session)
         session.gateway.sessions.discard(session.id)
         session.verifier.sessions.discard(session.id)
         self._sessions.pop(session.id, None)
         self._requests.pop((session.gateway.id, session.request.request), None)
+        if drafted:
+            self._assign_waiting()
+
+    def _assign_waiting(self) -> None:
+        """A slot of a draft worker is free: give it to the oldest session that has none."""
+        for session in [s for s in self._sessions.values() if s.draft is None]:
+            self._assign(session)
+            if session.draft is not None:
+                return
 
     # -- operations --
 

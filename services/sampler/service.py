@@ -20,6 +20,10 @@ MAX_SESSIONS = 4096
 """Sessions held for one verifier; the least recently opened go first, and are resynced if they are asked for."""
 
 
+MAX_CLIENTS = 64
+"""Verifiers remembered; those not heard for longest go first: routing ids of processes that are gone."""
+
+
 @dataclass(slots=True)
 class Step:
     """A step in progress. dense: whole rows by index in the step. sample_us: spent so far."""
@@ -71,8 +75,9 @@ class SamplerService(Service):
         client = self._clients.get(peer)
         if client is None:
             client = self._clients[peer] = Client()
-            if len(self._clients) > 64:  # routing ids of verifiers that are long gone
+            if len(self._clients) > MAX_CLIENTS:
                 self._clients.popitem(last=False)
+        self._clients.move_to_end(peer)
         return client
 
     def _on_open(self, peer: bytes, message: OpenSampling) -> None:
@@ -92,7 +97,9 @@ class SamplerService(Service):
         started = monotonic_us()
         client = self._client(peer)
         try:
-            asked = questions(message, {s.id: s.n_vocab for s in client.sessions.values()})
+            asked = questions(
+                message, {i.session: s.n_vocab for i in message.items if (s := client.sessions.get(i.session))}
+            )
         except WireError as error:
             self._refuse(peer, message.step, error)
             return

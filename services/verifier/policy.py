@@ -57,10 +57,9 @@ def plan(sessions: Sequence[Ready], n_batch: int, prefill_chunk: int) -> list[Sh
     for i, session in enumerate(sessions):
         if session.pending == 1 or room <= 0:
             continue
-        chunk = prefill_chunk - session.cached % prefill_chunk
-        if chunk > room:
+        pending = min(session.pending, prefill_chunk - session.cached % prefill_chunk)
+        if pending > room:
             continue
-        pending = min(session.pending, chunk)
         shares[i] = Share(pending, 0, pending == session.pending)
         room -= pending
     return shares

@@ -36,6 +36,7 @@ from shared.sampling import rows as sparse
 from shared.service import BlockingLink
 
 _RETRY_MS = 1000
+_MAX_RESYNCS = 3
 
 
 class Stopped(Exception):
@@ -146,6 +147,7 @@ class SamplerClient:
         self._link.send(verify)
         trace.mark("verifier.asked")
         deadline = time.monotonic() + _RETRY_MS / 1000
+        resyncs = 0
         while True:
             try:
                 message = self._link.receive(100)
@@ -161,6 +163,10 @@ class SamplerClient:
                 if not any(item.resync for item in message.items):
                     self.sample_us = message.sample_us
                     return message.items
+                resyncs += 1
+                if resyncs > _MAX_RESYNCS:
+                    lost = frozenset(item.session for item in message.items if item.resync)
+                    raise StepRefused(lost, Error(verify.step, "sampler_lost_session", "the sampler loses sessions"))
                 for session, item in zip(sessions, message.items, strict=True):
                     if item.resync:
                         self._log.info("sampler_resync", session=session.id)
@@ -171,7 +177,8 @@ class SamplerClient:
                 everyone = frozenset(session.id for session in sessions)
                 if message.ref in everyone:
                     raise StepRefused(frozenset((message.ref,)), message)
-                if message.ref == verify.step:
+                # 0: not even readable, so that it names neither.
+                if message.ref in (0, verify.step):
                     raise StepRefused(everyone, message)
             elif message is None and time.monotonic() > deadline:
                 self._log.warning("sampler_silent", step=verify.step)

@@ -125,6 +125,7 @@ class TargetSession:
         for own, other in zip(self.chain[depth:], new, strict=False):
             if own.token != other.token:
                 break
+            own.q = other.q  # the newest counts, equal or not: which q is used must not depend on what was drawn
             same += 1
         if same == len(new):
             return True

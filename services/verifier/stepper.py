@@ -150,7 +150,7 @@ class Stepper:
         self._waiting[session.id] = session
 
     def _admit(self) -> None:
-        while self._waiting:
+        while self._waiting and self._slots.n_free:
             session = next(iter(self._waiting.values()))
             prompt = np.array(session.prefix.tokens, np.int32)
             placement = self._slots.acquire(session.id, prompt)
@@ -204,6 +204,8 @@ class Stepper:
             start, prefix_hash = len(session.prefix), session.prefix.hash
             stats = session.stats(monotonic_us())
             self._out.append(Commit(session_id, start, prefix_hash, (), 0, session.known, "cancelled", stats))
+        else:
+            self._out.append(Error(session_id, "unknown_session", "the verifier does not hold this session", "", 0))
 
     def _release(self, session: TargetSession) -> None:
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))

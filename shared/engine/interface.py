@@ -52,7 +52,7 @@ class EngineInfo:
     """What an engine runs and promises.
 
     vocab_fingerprint: see `shared.model.gguf.vocabulary_fingerprint`; draft and target must agree.
-    row_invariant: a row's logits are bitwise the same alone and in any batch (DESIGN.md section 3).
+    row_invariant: a row's logits are bitwise the same alone and in any batch (docs/sampling.md).
     """
 
     engine: str

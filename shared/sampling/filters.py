@@ -166,8 +166,6 @@ def keep(params: SamplingParams, ranked: Ranked) -> Kept:
     ranks = np.arange(width)
     known_rank: Bool = ranks < certain[:, None]
     possible: Bool = np.ones((n_rows, width), np.bool_)
-    sure: Bool
-    unknown: Bool
     if top_k:
         sure, unknown = known_rank.copy(), certain < top_k
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -243,5 +244,4 @@ def test_the_default_run_directory_is_the_users(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert Settings().run_path == Path("/run/user/7/draftwire")
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setenv("LOGNAME", "ann")
-    assert default_run_dir().name == "draftwire-ann"
+    assert default_run_dir().name == f"draftwire-{os.getuid()}"

@@ -403,8 +403,8 @@ def test_cancel_while_running(make_world: MakeWorld, steps: int) -> None:
     assert world.stats(2).n_cached == min(39, 16 * steps)
 
 
-def test_unknown_sessions_are_ignored(world: World) -> None:
-    """Close and proposals for a session that has ended, or never was, change nothing."""
+def test_unknown_sessions_change_nothing(world: World) -> None:
+    """Proposals for a session that has ended, or never was, are ignored; a Close of one is answered."""
     world.open(1, prompt(6))
     world.run()
     before = len(world.commits[1])
@@ -414,6 +414,8 @@ def test_unknown_sessions_are_ignored(world: World) -> None:
     world.stepper.flush()
     assert len(world.commits[1]) == before
     assert world.stepper.n_sessions == 0
+    assert [(error.ref, error.code) for error in world.errors] == [(1, "unknown_session"), (77, "unknown_session")]
+    world.errors.clear()
 
 
 def test_forgetting_frees_everything(make_world: MakeWorld) -> None:
