@@ -71,12 +71,18 @@ _TURNAROUND = (
 
 
 def bench_loopback(
-    *, prompts: int = 8, tokens: int = 400, config: Path | None = None, overrides: Sequence[str] = ()
+    *,
+    prompts: int = 8,
+    tokens: int = 400,
+    temperature: float = 0.0,
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> LoopbackBench:
     """Run the fleet and measure.
 
     Args:
-        prompts: generations, one after the other. tokens: of each.
+        prompts: generations, one after the other. tokens: of each. temperature: above 0, each row's leading logits
+            travel and are filtered, and noise is drawn; at 0 only the largest travels.
     """
     with tempfile.TemporaryDirectory(prefix="draftwire-trace-") as directory:
         changes = [
@@ -89,7 +95,7 @@ def bench_loopback(
         with temporary_fleet(config, changes) as settings:
             gateway = Gateway(find_gateway(settings), 60)
             for seed in range(prompts):
-                body = {"prompt": "abc", "n_predict": tokens, "temperature": 0, "seed": seed, "stream": True}
+                body = {"prompt": "abc", "n_predict": tokens, "temperature": temperature, "seed": seed, "stream": True}
                 for event in gateway.stream("/completion", body):
                     if event["stop"]:
                         accepted.append(event["draftwire"]["mean_acceptance_length"] - 1)

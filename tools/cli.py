@@ -314,6 +314,7 @@ def bench() -> None:
 def bench_loopback_command(
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Generations, one after the other.")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=8, help="Tokens of each generation.")] = 400,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy, the cheapest.")] = 0.0,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -324,6 +325,7 @@ def bench_loopback_command(
     \b
     Examples:
       draftwire bench loopback
+      draftwire bench loopback --temperature 0.8
       draftwire bench loopback --tokens 2000 --set verifier.n_max=8
     """
     from rich.console import Console
@@ -331,7 +333,10 @@ def bench_loopback_command(
     from tools.bench_loopback import bench_loopback, print_loopback
 
     print_loopback(
-        bench_loopback(prompts=prompts, tokens=tokens, config=config, overrides=overrides or ()), Console(markup=False)
+        bench_loopback(
+            prompts=prompts, tokens=tokens, temperature=temperature, config=config, overrides=overrides or ()
+        ),
+        Console(markup=False),
     )
 
 

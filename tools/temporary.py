@@ -33,6 +33,7 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
     started = threading.Event()
     ended = threading.Event()
     failure: list[str] = []
+    starting: list[tuple[asyncio.AbstractEventLoop, Supervisor]] = []
 
     async def live() -> None:
         supervisor = Supervisor(
@@ -44,12 +45,13 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
             restart=False,
             serving=lambda: is_serving(settings),
         )
+        starting.append((asyncio.get_running_loop(), supervisor))
         try:
             await supervisor.start()
             if not await supervisor.ready():
                 failure.append(supervisor.failure)
                 return
-            while not supervisor.failure and not await asyncio.to_thread(is_serving, settings):
+            while not supervisor.failure and not ended.is_set() and not await asyncio.to_thread(is_serving, settings):
                 await asyncio.sleep(0.1)
             started.set()
             await asyncio.to_thread(ended.wait)
@@ -68,5 +70,8 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
         yield settings
     finally:
         ended.set()
+        if not started.is_set():  # interrupted while it starts
+            for loop, supervisor in starting:
+                loop.call_soon_threadsafe(supervisor.request_stop)
         thread.join()
         shutil.rmtree(run_dir, ignore_errors=True)

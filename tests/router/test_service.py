@@ -395,6 +395,20 @@ def test_a_worker_that_joins_takes_over_plain_sessions(net: Net) -> None:
     assert net.draft("a").expect(OpenDraft).tokens.tolist() == text == [1, 2, 3, 4, 5]
 
 
+def test_a_freed_place_goes_to_a_session_that_has_none(net: Net) -> None:
+    """A generation that found every draft worker full gets one as soon as another generation has ended."""
+    verifier = net.verifier()
+    gateway, worker = net.gateway(), net.draft("a", n_slots=1)
+    gateway.generate(1)
+    first = worker.expect(OpenDraft).session
+    gateway.generate(2)
+    for _ in range(2):
+        verifier.expect(OpenTarget)
+    verifier.send(commit(first, list(PROMPT), 7, finish="length", stats=TargetStats()))
+    worker.expect(Close)
+    assert worker.expect(OpenDraft).session != first
+
+
 def test_proposals_of_another_worker_are_not_forwarded(net: Net) -> None:
     """Only the worker that a session has been given to is heard for it; others, and unknown sessions, are not."""
     verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
