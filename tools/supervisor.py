@@ -192,6 +192,11 @@ class _Child:
     def running(self) -> bool:
         return self.process is not None and self.process.returncode is None
 
+    @property
+    def ready(self) -> bool:
+        """Whether its process has said so, and lives."""
+        return self.ready_at is not None and self.running
+
     def signal(self, number: signal.Signals) -> None:
         """To the process; SIGKILL to its whole group."""
         if self.process is None or self.process.returncode is not None:
@@ -292,7 +297,7 @@ class Supervisor:
         """Wait until every child is ready or left out; False when the fleet ends before that."""
         patience_s = 3.0
         while not self._ending.is_set():
-            waiting = [child for child in self._children if child.ready_at is None and not child.left_out]
+            waiting = [child for child in self._children if not child.ready and not child.left_out]
             if not waiting:
                 return True
             try:
@@ -314,7 +319,7 @@ class Supervisor:
     def pid(self, label: str) -> int | None:
         """The process of a child that is ready, by its label ("router", "draft model")."""
         for child in self._children:
-            if child.spec.label == label and child.ready_at is not None and child.process is not None:
+            if child.spec.label == label and child.ready and child.process is not None:
                 return child.process.pid
         return None
 
@@ -467,6 +472,7 @@ class Supervisor:
             )
             child.process = process
             child.n_starts += 1
+            self._notify_change()
             if self._ending.is_set():
                 child.signal(signal.SIGTERM)
             assert process.stderr is not None

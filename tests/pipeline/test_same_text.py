@@ -114,10 +114,10 @@ def test_killed_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: T
         for (mode, index), expected in plain.items():
             victim = fleet.start_draft("victim", "draft.victim.engine.threads=1")
             workers.append(victim)
-            events = fleet.stream(prompts[index], **MODES[mode], seed=1000 + index, draft="victim")
+            longer = {"n_predict": 3 * N_TOKENS}  # so that the kill comes well before the end
+            events = fleet.stream(prompts[index], **MODES[mode], **longer, seed=1000 + index, draft="victim")
             completion = collect(killing(victim, events, after=3 + index % 5))
-            assert completion.tokens == expected.tokens, (mode, index)
-            assert completion.text == expected.text
+            assert completion.tokens[:N_TOKENS] == expected.tokens, (mode, index)
             assert completion.final["draftwire"]["worker"] == "victim"
             lost = fleet.process.wait_for('"peer_lost"')
             assert '"peer": "victim"' in lost
