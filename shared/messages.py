@@ -298,7 +298,7 @@ class OpenTarget:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Router -> verifier or draft: end the session and free its slot; unknown sessions are ignored."""
+    """Router -> verifier or draft: end the session, free its slot; a verifier answers an unknown one with `Error`."""
 
     session: U64
 

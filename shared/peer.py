@@ -88,7 +88,7 @@ class RouterConnection:
         self._heard = time.monotonic()
         self._heartbeat_s = message.heartbeat_ms / 1000
         if self._router_boot not in (0, message.boot):
-            self._lose("the router has restarted")
+            self._on_router_lost("the router has restarted")
         if not self.connected:
             self._service.log.info("router_connected")
         self._router_boot = message.boot

@@ -24,7 +24,6 @@ from shared.messages import (
     CloseSampling,
     Error,
     FullRows,
-    Limits,
     NeedRows,
     OpenSampling,
     Verdict,
@@ -84,7 +83,7 @@ class SamplerClient:
                 session.n_prompt,
                 self._n_vocab,
                 session.sampling,
-                Limits(session.limits.max_tokens, session.limits.stop_tokens),
+                session.limits,
             )
         )
 
