@@ -100,7 +100,7 @@ def as_toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         return f'"{value}"'
-    return "[]" if value == () else str(value)
+    return f"[{', '.join(map(as_toml, value))}]" if isinstance(value, tuple) else str(value)
 
 
 @pytest.mark.parametrize("key", settings_keys())

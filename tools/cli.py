@@ -285,7 +285,7 @@ def doctor(
 ) -> None:
     """Check this machine and configuration.
 
-    Prints OK, WARN or FAIL for each thing, with a remedy. Exit status 1 if anything is FAIL.
+    Prints OK, INFO, WARN or FAIL for each thing, with a remedy. Exit status 1 if anything is FAIL.
 
     \b
     Examples:
@@ -296,6 +296,61 @@ def doctor(
     from tools.doctor import run_doctor
 
     raise typer.Exit(run_doctor(config, _overrides(overrides, run_dir), as_json))
+
+
+@app.command("perplexity")
+def perplexity_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, embedded:target or embedded:draft.")],
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="auto|ik|numpy|cuda", help="Instead of verifier.engine.engine.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", "-f", metavar="TEXT|JSONL", help='UTF-8 text; in a .jsonl, {"text": ...} on each line.'),
+    ] = None,
+    chunk: Annotated[int, typer.Option("--chunk", min=2, help="Most tokens computed from an empty context.")] = 1024,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Score only the first N tokens; 0: all.")] = 0,
+    against: Annotated[
+        str, typer.Option("--against", metavar="ENGINE", help="Compare with this engine on the same tokens.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure how well a model predicts a text, and compare engines.
+
+    Without --file it is the 200 embedded prompts, which no training document contains. A chunk is the model's
+    document-start (BOS) token and up to N-1 tokens of one text, computed from an empty context. Every token of text
+    is scored, as in the model card; llama.cpp scores only the second half of each window, so its figures are lower.
+    Longer chunks mean more context and a lower perplexity: compare only figures of the same text and --chunk.
+
+    --against prints, as llama.cpp's --kl-divergence does, the mean KL divergence from the other engine, how often
+    both have the same best token, and the ratio of the perplexities. Errors behind +/- are standard errors, which
+    take the tokens as independent. Every other engine setting is taken from the table verifier.engine.
+
+    \b
+    Examples:
+      draftwire perplexity embedded:target
+      draftwire perplexity model.gguf --file wiki.test.raw --chunk 2048 --limit 100000
+      draftwire perplexity embedded:draft --engine ik --against numpy --limit 2000
+      draftwire perplexity model.gguf --set verifier.engine.cache_type_k=q8_0 --json | jq .perplexity
+    """
+    import structlog
+    from rich.console import Console
+
+    from tools.perplexity import measure_perplexity, perplexity_json, perplexity_lines
+
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the result
+    settings = replace(_settings(config, overrides, None).verifier.engine, model=model)
+    if engine is not None:
+        settings = replace(settings, engine=engine)
+    result = measure_perplexity(
+        settings, path=file, chunk=chunk, limit=limit, against=against, console=Console(stderr=True, markup=False)
+    )
+    if as_json:
+        print(json.dumps(perplexity_json(result), indent=2))
+    else:
+        print("\n".join(perplexity_lines(result)))
 
 
 @bench_app.callback()
@@ -379,44 +434,54 @@ def bench_acceptance_command(
 def bench_engine_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, embedded:target or embedded:draft.")],
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="auto|ik|numpy", help="Instead of verifier.engine.engine.")
+        str | None, typer.Option("--engine", metavar="auto|ik|numpy|cuda", help="Instead of verifier.engine.engine.")
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens in the cache before each pass.")] = 256,
-    prefill: Annotated[int, typer.Option("--prefill", min=1, help="Length of the prompt.")] = 512,
+    context: Annotated[
+        str,
+        typer.Option("--context", metavar="LIST", help="Tokens in the cache before each pass; 0: an empty one."),
+    ] = "256",
+    prefill: Annotated[str, typer.Option("--prefill", metavar="LIST", help="Lengths of the prompt.")] = "512",
     decode: Annotated[int, typer.Option("--decode", min=1, help="Tokens decoded one at a time.")] = 32,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Measure passes of 1 to so many rows.")] = 16,
+    rows: Annotated[
+        str, typer.Option("--rows", metavar="LIST", help="Rows of a pass; one row is always measured.")
+    ] = "1-16",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of everything.")] = 7,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to FILE as well.")
+    ] = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Measure an engine alone: prefill, decode, and what n rows cost.
 
-    Every other engine setting (threads, cache types, ...) is taken from the table verifier.engine.
+    A LIST is numbers and ranges: 0,4096 or 1-8,16. Every other engine setting (threads, cache types, ...) is taken
+    from the table verifier.engine.
 
     \b
     Examples:
       draftwire bench engine embedded:target
-      draftwire bench engine model.gguf --engine numpy --rows 8 --repeats 3
-      draftwire bench engine model.gguf --context 4096 --set verifier.engine.n_ctx=8192
+      draftwire bench engine model.gguf --engine numpy --rows 1-8 --repeats 3
+      draftwire bench engine model.gguf --context 0,4096 --prefill 512,2048 --set verifier.engine.n_ctx=8192
+      draftwire bench engine model.gguf --rows 1,2,4,8,16,32 --json figures.json
     """
     import structlog
 
-    from tools.bench_engine import bench_engine, print_engine_bench
+    from tools.bench_engine import bench_engine, parse_sizes, print_engine_bench, write_json
 
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for the table
     settings = replace(_settings(config, overrides, None).verifier.engine, model=model)
     if engine is not None:
         settings = replace(settings, engine=engine)
-    print_engine_bench(
-        bench_engine(
-            settings,
-            context=context,
-            prefill_tokens=prefill,
-            decode_tokens=decode,
-            rows=range(1, rows + 1),
-            repeats=repeats,
-        )
+    contexts = parse_sizes("--context", context, least=0)
+    prefills, row_counts = parse_sizes("--prefill", prefill), parse_sizes("--rows", rows)
+    if json_file is not None:
+        write_json(json_file, None)  # what cannot be written is better known before than after the measurement
+    bench = bench_engine(
+        settings, contexts=contexts, prefills=prefills, decode_tokens=decode, rows=row_counts, repeats=repeats
     )
+    print_engine_bench(bench)
+    if json_file is not None:
+        write_json(json_file, bench)
 
 
 def fail(error: DraftwireError) -> NoReturn:

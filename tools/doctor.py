@@ -5,7 +5,7 @@ Invariant: a check never ends the program; what it cannot find out is a finding 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -24,7 +24,8 @@ from shared.settings import Settings, load_settings
 from tools.fleet import Gateway, router_status
 from tools.supervisor import read_gateway_file
 
-Level = Literal["OK", "WARN", "FAIL"]
+Level = Literal["OK", "INFO", "WARN", "FAIL"]
+"""INFO: nothing is wrong, but there could be more."""
 
 # Distribution and the module to import.
 PACKAGES = (
@@ -118,32 +119,45 @@ def check_engines() -> Iterator[Finding]:
     from shared.engine.registry import available_engines
 
     for engine in available_engines():
+        if engine.name == "cuda":
+            continue  # `check_gpu` says more of it
         level: Level = "OK" if engine.usable else "WARN"
         yield Finding(f"engine {engine.name}", level, engine.reason, engine.remedy)
 
 
 def check_gpu() -> Iterator[Finding]:
-    """Whether there is an NVIDIA GPU that CuPy can use."""
-    program = shutil.which("nvidia-smi")
-    lost = "models run on the CPU only"
-    if program is None:
-        yield Finding("gpu", "WARN", f"no NVIDIA driver (nvidia-smi): {lost}", "none needed for CPU use")
+    """Whether the cuda engine can be used, and on which GPUs."""
+    from shared.kernels.gpu import cuda_unavailable
+
+    missing = cuda_unavailable()
+    gpus, trouble = _describe_gpus()
+    if missing is None:
+        yield Finding("gpu", "OK", "; ".join(gpus) or f"usable, though not described: {trouble}")
         return
+    detail = f"the cuda engine cannot be used: {' '.join(missing.message.split())}"
+    if gpus:
+        detail += f" (there is {'; '.join(gpus)})"
+    yield Finding("gpu", "INFO", detail, missing.remedy or "none needed: models run on the CPU")
+
+
+def _describe_gpus() -> tuple[list[str], str]:
+    """A line for each GPU that nvidia-smi knows (name, memory, driver, compute capability), or why there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], "there is no nvidia-smi"
+    query = [program, "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield Finding("gpu", "WARN", f"nvidia-smi does not work ({error}): {lost}", "check the NVIDIA driver")
-        return
-    gpus = [" ".join(line.split()) for line in answer.stdout.splitlines() if line.strip()]
+        return [], f"nvidia-smi does not work ({error})"
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
+    gpus = [
+        f"{name}, {memory}, driver {driver}, compute capability {capability}"
+        for name, memory, driver, capability in (row for row in rows if len(row) == 4)
+    ]
     if answer.returncode != 0 or not gpus:
-        yield Finding("gpu", "WARN", f"nvidia-smi finds no GPU: {lost}", "check the NVIDIA driver")
-    elif importlib.util.find_spec("cupy") is None:
-        yield Finding(
-            "gpu", "WARN", f"{'; '.join(gpus)}, but no CuPy: {lost}", "nothing to do: this version computes on the CPU"
-        )
-    else:
-        yield Finding("gpu", "OK", "; ".join(gpus))
+        return [], "nvidia-smi finds no GPU"
+    return gpus, ""
 
 
 def check_models(settings: Settings) -> Iterator[Finding]:

@@ -1,13 +1,13 @@
-"""The null engine, the registry of engines, and the engine benchmark run on the null engine."""
+"""The null engine, and the registry of engines."""
 
 from __future__ import annotations
 
-import io
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import structlog
-from rich.console import Console
 
 from shared.engine import registry
 from shared.engine.dense import DenseLogits
@@ -15,7 +15,6 @@ from shared.engine.interface import Chunk, EngineSettings
 from shared.engine.null import FIRST_ID, NullEngine, NullLogits, next_token
 from shared.engine.registry import available_engines, load_engine
 from shared.errors import EngineError
-from tools.bench_engine import bench_engine, print_engine_bench
 
 SETTINGS = EngineSettings(engine="null", n_ctx=64, n_slots=2, n_batch=32)
 
@@ -95,10 +94,15 @@ def test_sizes_that_make_no_sense_are_refused() -> None:
         NullEngine(SETTINGS, n_vocab=16)
 
 
+def set_gpu(monkeypatch: pytest.MonkeyPatch, missing: EngineError | None) -> None:
+    """Make this machine one with a GPU (None), or one that lacks what `missing` says."""
+    monkeypatch.setitem(sys.modules, "shared.kernels.gpu", SimpleNamespace(cuda_unavailable=lambda: missing))
+
+
 def test_engines_are_loaded_by_name() -> None:
     """A known name gives that engine; an unknown one an error that lists the names."""
     assert load_engine(SETTINGS).info.engine == "null"
-    with pytest.raises(EngineError, match="auto, ik, numpy, null") as caught:
+    with pytest.raises(EngineError, match="auto, ik, numpy, cuda, null") as caught:
         load_engine(EngineSettings(engine="cuda9"))
     assert caught.value.code == "unknown_engine"
 
@@ -107,6 +111,7 @@ def test_auto_falls_back_to_numpy_and_says_so(monkeypatch: pytest.MonkeyPatch) -
     """Without ik, "auto" runs the numpy engine, and a log line gives the reason."""
     missing = EngineError("the ik engine is not installed", "pip install it", "engine_unavailable")
     monkeypatch.setattr(registry, "ik_unavailable", lambda: missing)
+    set_gpu(monkeypatch, None)
     with structlog.testing.capture_logs() as logs:
         engine = load_engine(EngineSettings(model="embedded:draft", n_ctx=32, n_slots=1))
     assert engine.info.engine == "numpy"
@@ -115,33 +120,24 @@ def test_auto_falls_back_to_numpy_and_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("engine_chosen", "numpy", "the ik engine is not installed")
     ]
     state = {engine.name: engine for engine in available_engines()}
+    assert list(state) == ["ik", "numpy", "cuda", "null"]
     assert not state["ik"].usable
     assert state["ik"].remedy == "pip install it"
     assert state["numpy"].usable
     assert state["null"].usable
 
 
-def test_the_benchmark_measures_every_number_of_rows() -> None:
-    """Each asked number of rows, and one row, is measured `repeats` times; costs are relative to one row."""
-    bench = bench_engine(SETTINGS, context=8, prefill_tokens=40, decode_tokens=4, rows=(4, 2), repeats=3)
-    assert bench.info.engine == "null"
-    assert [cost.rows for cost in bench.rows] == [1, 2, 4]
-    assert bench.rows[0].relative == 1.0
-    for spread in (bench.prefill_per_second, bench.decode_per_second, *(cost.forward_ms for cost in bench.rows)):
-        assert spread.n == 3
-        assert 0 < spread.least <= spread.median <= spread.most
-    console = Console(file=io.StringIO(), width=120)
-    print_engine_bench(bench, console)
-    text = console.file.getvalue()
-    assert "null" in text
-    assert "relative" in text
+def test_cuda_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA can be used the engine is listed as usable; elsewhere with the reason and the remedy."""
+    set_gpu(monkeypatch, None)
+    assert {engine.name: engine.usable for engine in available_engines()}["cuda"]
+    set_gpu(monkeypatch, EngineError("there is no NVIDIA driver", "install one", "engine_unavailable"))
+    cuda = {engine.name: engine for engine in available_engines()}["cuda"]
+    assert (cuda.usable, cuda.reason, cuda.remedy) == (False, "there is no NVIDIA driver", "install one")
 
 
-def test_a_benchmark_that_does_not_fit_is_refused() -> None:
-    """Longer than the context, or more rows than a batch."""
-    for change in ({"context": 64}, {"prefill_tokens": 65}, {"context": 8, "rows": (33,)}):
-        with pytest.raises(EngineError) as caught:
-            bench_engine(SETTINGS, **{"context": 8, "prefill_tokens": 8, "decode_tokens": 4, **change})
-        assert caught.value.code == "context_exceeded"
-    with pytest.raises(EngineError, match="start at 1"):
-        bench_engine(SETTINGS, repeats=0)
+def test_cuda_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "cuda" builds the CUDA engine with the settings as they are, and its module is imported no earlier."""
+    monkeypatch.setitem(sys.modules, "shared.engine.cuda.engine", SimpleNamespace(CudaEngine=lambda settings: settings))
+    settings = EngineSettings(engine="cuda", devices=(1, 2), kv_pages=100)
+    assert load_engine(settings) is settings  # type: ignore[comparison-overlap]

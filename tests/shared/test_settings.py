@@ -88,6 +88,22 @@ def test_overrides_are_toml_or_bare_words(tmp_path: Path) -> None:
     assert settings.run_dir == "/tmp/some where"
 
 
+def test_devices_are_a_list_of_integers_everywhere(tmp_path: Path) -> None:
+    """The GPUs of an engine come from a file, a variable or a flag alike, as a TOML list; without any, the first."""
+    settings = load(
+        tmp_path,
+        "[verifier.engine]\ndevices = [2]\n[draft.a.engine]\ndevices = [3, 1]\n[draft.b]\n[draft.c]",
+        "draft.b.engine.devices=[0,1]",
+        "verifier.engine.kv_pages=4096",
+        environment={"DRAFTWIRE_VERIFIER__ENGINE__DEVICES": "[0, 1]", "DRAFTWIRE_DRAFT__C__ENGINE__DEVICES": "[]"},
+    )
+    assert settings.verifier.engine.devices == (0, 1)
+    assert settings.verifier.engine.kv_pages == 4096
+    assert [settings.draft[name].engine.devices for name in "abc"] == [(3, 1), (0, 1), ()]
+    assert Settings().verifier.engine.devices == (0,)
+    assert Settings().verifier.engine.kv_pages == 0
+
+
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without an environment given, os.environ counts."""
     monkeypatch.setenv("DRAFTWIRE_ROUTER__WINDOW", "3")
@@ -111,6 +127,10 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
         ("[verifier.engine]\nflash_attention = 1", ("flash_attention is 1", "type bool")),
         ("[verifier.engine]\noverride_tensors = 'x'", ("override_tensors must be a list",)),
         ("[verifier.engine]\noverride_tensors = ['x', 1]", ("override_tensors[1] is 1", "type str")),
+        ("[verifier.engine]\ndevices = 1", ("devices must be a list",)),
+        ("[verifier.engine]\ndevices = [0, '1']", ("devices[1] is '1'", "type int")),
+        ("[draft.a.engine]\ndevices = [true]", ("devices[0] is True", "type int")),
+        ("[verifier.engine]\nkv_pages = '1'", ("kv_pages is '1'", "type int")),
         ("gateway = 1", ("gateway must be a table",)),
         ("draft = 1", ("draft must be a table",)),
         ("draft = { a = 1 }", ("draft.a must be a table",)),

@@ -21,7 +21,7 @@ from tools.supervisor import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
-COMMANDS = ("up", "service", "generate", "demo", "doctor", "bench", "bench engine")
+COMMANDS = ("up", "service", "generate", "demo", "doctor", "perplexity", "bench", "bench engine")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def test_help_lists_every_command() -> None:
     """`draftwire --help` names the commands, each with a whole sentence."""
     out = draftwire("--help").out
     listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert listed == ["up", "service", "generate", "demo", "doctor", "bench"]
+    assert listed == ["up", "service", "generate", "demo", "doctor", "perplexity", "bench"]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 
 
@@ -97,7 +97,10 @@ def test_wrong_usage_is_explained() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("up",), ("service", "router"), ("generate", "x"), ("demo",), ("bench", "engine", "embedded:draft")],
+    [
+        *(("up",), ("service", "router"), ("generate", "x"), ("demo",), ("perplexity", "embedded:draft")),
+        ("bench", "engine", "embedded:draft"),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_unknown_setting_is_one_line(arguments: tuple[str, ...]) -> None:
@@ -123,6 +126,25 @@ def test_missing_configuration_file(tmp_path: Path) -> None:
 def test_markup_in_user_text_is_printed_as_it_is() -> None:
     """Square brackets in what the user typed are not eaten."""
     draftwire("service", "[red]x[/red]").assert_one_line(EXIT_CONFIG, "'[red]x[/red]'", "one of gateway, tokenizer")
+
+
+def test_bench_engine_writes_json(tmp_path: Path) -> None:
+    """Lists of sizes are taken, a table goes to stdout and all figures to the file."""
+    path = tmp_path / "figures.json"
+    sizes = ("--context", "0,8", "--prefill", "8,16", "--decode", "2", "--rows", "1-2,4", "--repeats", "1")
+    ended = draftwire("bench", "engine", "null", "--engine", "null", *sizes, "--json", str(path))
+    assert (ended.status, ended.err) == (0, "")
+    assert "after 0 tokens of context" in ended.out
+    written = json.loads(path.read_text())
+    assert [cost["context"] for cost in written["contexts"]] == [0, 8]
+    assert [row["rows"] for row in written["contexts"][0]["rows"]] == [1, 2, 4]
+
+
+def test_bench_engine_with_wrong_sizes(tmp_path: Path) -> None:
+    """What is no list, and a file that cannot be written, are one line each, before the model is looked for."""
+    draftwire("bench", "engine", "none", "--rows", "x").assert_one_line(EXIT_CONFIG, "--rows is 'x'", "such as 1,2,4")
+    ended = draftwire("bench", "engine", "none", "--json", str(tmp_path / "none/x"))
+    ended.assert_one_line(EXIT_CONFIG, "cannot write", "another file")
 
 
 # --- up and service ---------------------------------------------------------------------------------------------------

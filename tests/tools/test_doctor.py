@@ -6,17 +6,46 @@ import json
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from shared.engine.interface import EngineSettings
+from shared.errors import EngineError
 from shared.settings import DraftSettings, GatewaySettings, Settings, VerifierSettings
 from tools import doctor
-from tools.doctor import Finding, check_cores, check_fleet, check_memory, check_models, check_sockets, examine
+from tools.doctor import (
+    Finding,
+    check_cores,
+    check_engines,
+    check_fleet,
+    check_memory,
+    check_models,
+    check_sockets,
+    examine,
+)
 
 
 def by_name(findings: object) -> dict[str, Finding]:
     return {finding.name: finding for finding in findings}  # type: ignore[attr-defined]
+
+
+def set_gpu(monkeypatch: pytest.MonkeyPatch, missing: EngineError | None) -> None:
+    """Make this machine one with a GPU (None), or one that lacks what `missing` says."""
+    monkeypatch.setitem(sys.modules, "shared.kernels.gpu", SimpleNamespace(cuda_unavailable=lambda: missing))
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_gpu(monkeypatch, EngineError("there is no NVIDIA driver", "none needed for CPU use", "engine_unavailable"))
+
+
+def set_nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Make a shell script the only nvidia-smi."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 def test_default_configuration_passes(tmp_path: Path) -> None:
@@ -60,6 +89,49 @@ def test_missing_package_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = [finding for finding in findings if finding.level == "FAIL"]
     assert [finding.remedy for finding in failed] == ["pip install --upgrade msgpack"]
     assert "settings" not in by_name(findings)
+
+
+def test_no_gpu_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without CUDA there is one line about it, which says what is missing and fails nothing."""
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    [finding] = doctor.check_gpu()
+    assert (finding.name, finding.level) == ("gpu", "INFO")
+    assert finding.detail == "the cuda engine cannot be used: there is no NVIDIA driver"
+    assert finding.remedy == "none needed for CPU use"
+    assert "engine cuda" not in by_name(check_engines())
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU without CuPy: the reason, the GPU, and the remedy."""
+    set_gpu(monkeypatch, EngineError("CuPy is not\ninstalled", "pip install cupy", "engine_unavailable"))
+    set_nvidia_smi(monkeypatch, tmp_path, "echo 'NVIDIA H100, 81559 MiB, 550.90.07, 9.0'")
+    [finding] = doctor.check_gpu()
+    assert finding.level == "INFO"
+    assert "CuPy is not installed (there is NVIDIA H100, 81559 MiB, driver 550" in finding.detail
+    assert finding.remedy == "pip install cupy"
+
+
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Name, memory, driver and compute capability of each GPU, as nvidia-smi gives them when asked for these."""
+    set_gpu(monkeypatch, None)
+    columns = "--query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader"
+    rows = "NVIDIA H200, 143771 MiB, 570.1, 9.0\\nNVIDIA A2, 15356 MiB, 570.1, 8.6\\n"
+    set_nvidia_smi(monkeypatch, tmp_path, f"[ \"$*\" = '{columns}' ] && printf '{rows}'")
+    [finding] = doctor.check_gpu()
+    assert (finding.level, finding.detail) == (
+        "OK",
+        "NVIDIA H200, 143771 MiB, driver 570.1, compute capability 9.0; "
+        "NVIDIA A2, 15356 MiB, driver 570.1, compute capability 8.6",
+    )
+
+
+@pytest.mark.parametrize("script", ["exit 9", "true", "echo 'unexpected'; exit 0"])
+def test_gpu_without_a_description_is_usable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """A broken nvidia-smi does not make a usable GPU unusable."""
+    set_gpu(monkeypatch, None)
+    set_nvidia_smi(monkeypatch, tmp_path, script)
+    [finding] = doctor.check_gpu()
+    assert (finding.level, finding.detail) == ("OK", "usable, though not described: nvidia-smi finds no GPU")
 
 
 @pytest.mark.parametrize(
