@@ -23,6 +23,7 @@ from shared.errors import EngineError
 from shared.model.config import ModelConfig, RopeStyle
 from shared.model.gguf import GGUFFile, vocabulary_fingerprint
 from shared.model.names import resolve_model
+from shared.model.rope import rope_tables
 
 _DEFAULT_MAX_CTX = 4096
 _GIB = 1 << 30
@@ -56,7 +57,8 @@ class NumpyEngine:
         self._keys: Float32 = np.zeros((*shape, config.head_dim), np.float32)
         self._values: Float32 = np.zeros((*shape, config.value_dim), np.float32)
         self._lengths = [0] * settings.n_slots
-        self._cos, self._sin = _rope_tables(config, self._weights.rope_factors, n_ctx)
+        cos, sin = rope_tables(config.rope, self._weights.rope_factors, n_ctx)
+        self._cos, self._sin = cos[:, None], sin[:, None]
         self._rotate = ops.rotate_neox if config.rope.style is RopeStyle.NEOX else ops.rotate_norm
         self._info = EngineInfo(
             engine="numpy",
@@ -242,13 +244,3 @@ def _available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
         if name == "MemAvailable" and value.split()[:1] and value.split()[0].isdigit():
             return int(value.split()[0]) * 1024
     return None
-
-
-def _rope_tables(config: ModelConfig, factors: Float32 | None, n_ctx: int) -> tuple[Float32, Float32]:
-    """Cosines and sines of every position: [n_ctx, 1, rope.dim / 2] float32 each, computed in float64."""
-    rope = config.rope
-    frequencies = rope.base ** (-2.0 * np.arange(rope.dim // 2) / rope.dim) * rope.scale
-    if factors is not None:
-        frequencies = frequencies / factors
-    angles = np.arange(n_ctx)[:, None, None] * frequencies
-    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
