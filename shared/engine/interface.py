@@ -22,7 +22,7 @@ Float32 = npt.NDArray[np.float32]
 class EngineSettings:
     """How to build an engine.
 
-    engine: "auto" (ik where installed, else numpy), "ik", "numpy" or "null" (benchmarks of the pipeline).
+    engine: "auto" (ik where installed, else numpy), "ik", "numpy", "cuda" or "null" (benchmarks of the pipeline).
     model: path of a GGUF (the first file of a split one), or "embedded:target" / "embedded:draft".
     n_ctx: tokens per slot; 0 takes the model's own context length, at most 4096.
     n_slots: sequences held at a time.
@@ -31,6 +31,8 @@ class EngineSettings:
     flash_attention: off by default: with it, ik's logits depend on the batch.
     cache_type_k, cache_type_v: KV cache types, "f16", "q8_0" or "q4_0" (a quantized V needs flash attention).
     n_gpu_layers, n_cpu_moe, override_tensors ("regex=CPU"): as in llama-server, for CUDA builds of ik.
+    devices: GPUs by index, for the cuda engine.
+    kv_pages: pages of 64 tokens in the cuda engine's KV pool; 0: enough for n_slots full contexts.
     """
 
     engine: str = "auto"
@@ -45,6 +47,8 @@ class EngineSettings:
     n_gpu_layers: int = 0
     n_cpu_moe: int = 0
     override_tensors: tuple[str, ...] = field(default=())
+    devices: tuple[int, ...] = (0,)
+    kv_pages: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from shared.engine.ik import ik_unavailable
 from shared.engine.interface import Engine, EngineSettings
 from shared.errors import EngineError
 
-ENGINES = ("auto", "ik", "numpy", "null")
+ENGINES = ("auto", "ik", "numpy", "cuda", "null")
 
 _log = structlog.get_logger(__name__)
 
@@ -53,6 +53,10 @@ def load_engine(settings: EngineSettings) -> Engine:
         from shared.engine.numpy.engine import NumpyEngine
 
         return NumpyEngine(settings)
+    if name == "cuda":
+        from shared.engine.cuda.engine import CudaEngine
+
+        return CudaEngine(settings)
     if name == "null":
         from shared.engine.null import NullEngine
 
@@ -61,14 +65,22 @@ def load_engine(settings: EngineSettings) -> Engine:
 
 
 def available_engines() -> list[EngineAvailability]:
-    """Every engine with its state on this machine, in the order of preference."""
+    """Every engine with its state on this machine, in the order of preference; "auto" takes neither cuda nor null."""
     missing = ik_unavailable()
     if missing is None:
         ik = EngineAvailability("ik", True, "ik_llama.cpp: any GGUF architecture, CPU")
     else:
         ik = EngineAvailability("ik", False, missing.message, missing.remedy)
+    from shared.kernels.gpu import cuda_unavailable
+
+    missing = cuda_unavailable()
+    if missing is None:
+        cuda = EngineAvailability("cuda", True, "CUDA kernels of our own, NVIDIA GPUs")
+    else:
+        cuda = EngineAvailability("cuda", False, missing.message, missing.remedy)
     return [
         ik,
         EngineAvailability("numpy", True, "pure NumPy, float32: the reference, slow"),
+        cuda,
         EngineAvailability("null", True, "no model: measures the pipeline"),
     ]

@@ -1,0 +1,235 @@
+"""The cuda engine: a decoder-only transformer on quantized blocks, on an NVIDIA GPU.
+
+Invariant: a row's logits are bitwise a function of the model and the slot's tokens up to that row. Neither the other
+rows of a batch, nor how a prefix was cut into batches, rolled back or shared, nor the pages that hold it, nor whether a
+pass is replayed as a graph changes a bit: every kernel keeps one order of summation per output (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+
+from shared.engine.cuda.logits import CudaLogits
+from shared.engine.cuda.pages import PAGE_TOKENS, PageTable
+from shared.engine.cuda.passes import Passes
+from shared.engine.cuda.weights import LoadingLog, device_bytes, load_weights
+from shared.engine.interface import Chunk, EngineInfo, EngineSettings
+from shared.engine.slots import check_chunks, check_prefix
+from shared.errors import EngineError
+from shared.kernels.attention import CACHE_KINDS, HEAD_DIMS, CacheLayout
+from shared.kernels.device import Device
+from shared.kernels.experts import MAX_EXPERTS, MAX_EXPERTS_USED, MAX_ROWS
+from shared.kernels.gpu import CudaDevice, cuda_unavailable
+from shared.kernels.norm import MAX_EMBD
+from shared.model.config import ModelConfig
+from shared.model.gguf import GGUFFile, vocabulary_fingerprint
+from shared.model.names import resolve_model
+
+_DEFAULT_MAX_CTX = 4096
+_GIB = 1 << 30
+_RESERVE = _GIB // 4
+"""Left free for compiled code, graphs and the driver."""
+
+_log = structlog.get_logger(__name__)
+
+
+class CudaEngine:
+    """See the module's docstring and `shared.engine.interface.Engine`.
+
+    Args:
+        device: where to run; by default the GPU that the settings name.
+        graphs: replay passes as graphs; without, every kernel is launched on its own (the bits are the same).
+
+    Raises:
+        ModelError: the model is missing, damaged, or not one that this engine computes.
+        EngineError: there is no usable GPU (code no_gpu), a setting cannot be honoured (bad_settings), or the GPU's
+            memory does not suffice (out_of_memory).
+    """
+
+    def __init__(self, settings: EngineSettings, *, device: Device | None = None, graphs: bool = True) -> None:
+        _check_settings(settings)
+        if device is None:
+            unavailable = cuda_unavailable()
+            if unavailable is not None:
+                raise unavailable
+            device = CudaDevice(settings.devices[0])
+        self._device = device
+        with GGUFFile.open(resolve_model(settings.model)) as file:
+            config = ModelConfig.read(file)
+            _check_model(config, str(file.path))
+            n_ctx = settings.n_ctx or min(config.context_length, _DEFAULT_MAX_CTX)
+            max_pages = -(-n_ctx // PAGE_TOKENS)
+            n_pages = settings.kv_pages or settings.n_slots * max_pages
+            layout = CacheLayout(settings.cache_type_k, config.head_dim, config.n_head_kv)
+            cache = config.n_layer * n_pages * layout.page_bytes
+            scratch = Passes.scratch_bytes(config, settings.n_batch)
+            _check_memory(device, device_bytes(file), cache, scratch, str(file.path))
+            fingerprint = vocabulary_fingerprint(file)
+
+            def report(share: float, speed: float) -> None:
+                _log.info("model_loading", done=round(share, 3), gib_per_second=round(speed, 2))
+
+            weights = load_weights(device, file, config, LoadingLog(report))
+        self._passes: Passes | None = Passes(
+            device, config, weights, layout, n_ctx, settings.n_slots, n_pages, settings.n_batch, graphs
+        )
+        self._passes.prepare()
+        self._pages = PageTable(settings.n_slots, max_pages, n_pages)
+        self._lengths = [0] * settings.n_slots
+        self._computed = 0
+        self._info = EngineInfo(
+            engine="cuda",
+            model=settings.model,
+            architecture=config.architecture,
+            n_vocab=config.n_vocab,
+            n_ctx=n_ctx,
+            n_slots=settings.n_slots,
+            n_batch=settings.n_batch,
+            vocab_fingerprint=fingerprint,
+            row_invariant=True,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def length(self, slot: int) -> int:
+        check_prefix(self._lengths, slot, 0)
+        return self._lengths[slot]
+
+    def truncate(self, slot: int, length: int) -> None:
+        self._open()
+        check_prefix(self._lengths, slot, length)
+        self._lengths[slot] = length
+        self._pages.truncate(slot, length)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        self._open()
+        check_prefix(self._lengths, source, length)
+        check_prefix(self._lengths, target, 0)
+        if source == target:
+            self.truncate(target, length)
+            return
+        self._pages.share(source, target, length)
+        self._lengths[target] = length
+
+    def close(self) -> None:
+        if self._passes is not None:
+            self._passes = None
+            self._device.close()
+
+    def forward(self, chunks: Sequence[Chunk]) -> CudaLogits:
+        passes = self._check(chunks)
+        copies = []
+        for chunk in chunks:
+            end = chunk.start + len(chunk.tokens)
+            self._pages.truncate(chunk.slot, end)
+            copies += self._pages.ensure(chunk.slot, chunk.start, end)
+        if self._pages.changed:
+            passes.write_pages(self._pages.table)
+            self._pages.changed = False
+        if copies:
+            passes.copy_pages(copies)
+        rows = passes.run(chunks)
+        for chunk in chunks:
+            self._lengths[chunk.slot] = chunk.start + len(chunk.tokens)
+        self._computed += 1
+        this = self._computed
+
+        def check() -> None:
+            if self._computed != this:
+                raise EngineError("these logits are of an earlier pass", "read them before the next", "stale_logits")
+
+        return CudaLogits(rows, sum(chunk.rows for chunk in chunks), self._info.n_vocab, check)
+
+    def _check(self, chunks: Sequence[Chunk]) -> Passes:
+        """Refuse a batch that breaks the interface's rules or finds no room, before anything is changed."""
+        passes = self._open()
+        check_chunks(chunks, self._lengths, self._info.n_ctx, self._info.n_batch)
+        for chunk in chunks:
+            low, high = int(chunk.tokens.min()), int(chunk.tokens.max())
+            if low < 0 or high >= self._info.n_vocab:
+                raise EngineError(
+                    f"token id {low if low < 0 else high} is outside the vocabulary of {self._info.n_vocab}",
+                    code="bad_token",
+                )
+        needed = sum(self._pages.pages_needed(c.slot, c.start, c.start + len(c.tokens)) for c in chunks)
+        if needed > self._pages.n_free:
+            raise EngineError(
+                f"the batch needs {needed} pages of {PAGE_TOKENS} tokens, the KV pool has {self._pages.n_free} free",
+                "end or shorten sessions, or raise kv_pages",
+                "out_of_pages",
+            )
+        return passes
+
+    def _open(self) -> Passes:
+        if self._passes is None:
+            raise EngineError("the engine is closed", code="engine_closed")
+        return self._passes
+
+
+def _check_settings(settings: EngineSettings) -> None:
+    if settings.n_gpu_layers or settings.n_cpu_moe or settings.override_tensors:
+        raise EngineError(
+            "the cuda engine keeps the whole model on its GPU: it cannot honour n_gpu_layers, n_cpu_moe or "
+            "override_tensors",
+            "leave them out, or use the ik engine",
+            "bad_settings",
+        )
+    if settings.cache_type_k != settings.cache_type_v:
+        raise EngineError(
+            f"cache_type_k = {settings.cache_type_k!r} and cache_type_v = {settings.cache_type_v!r}: the cuda engine "
+            "has one type for both",
+            'set both to "f16", "q8_0" or "q4_0"',
+            "bad_settings",
+        )
+    if len(settings.devices) != 1:
+        raise EngineError(
+            f"devices = {list(settings.devices)}: the cuda engine runs a model on one GPU", "name one", "bad_settings"
+        )
+    for name, low in (("n_ctx", 0), ("n_slots", 1), ("n_batch", 1), ("kv_pages", 0)):
+        if getattr(settings, name) < low:
+            raise EngineError(f"{name} = {getattr(settings, name)}", f"it starts at {low}", "bad_settings")
+    if settings.n_batch > MAX_ROWS:
+        raise EngineError(f"n_batch = {settings.n_batch}", f"the cuda engine takes up to {MAX_ROWS}", "bad_settings")
+    if settings.cache_type_k not in CACHE_KINDS:
+        raise EngineError(
+            f"cache_type_k = {settings.cache_type_k!r}", f"use one of {', '.join(CACHE_KINDS)}", "bad_settings"
+        )
+
+
+def _check_model(config: ModelConfig, path: str) -> None:
+    """Refuse dimensions that no kernel is made for."""
+
+    def refuse(what: str) -> EngineError:
+        return EngineError(f"{path} has {what}", "use the ik engine", "unsupported_variant")
+
+    if config.value_dim != config.head_dim:
+        raise refuse(
+            f"heads of {config.head_dim} for keys and {config.value_dim} for values: the cuda engine has one size"
+        )
+    if config.head_dim not in HEAD_DIMS:
+        raise refuse(f"heads of {config.head_dim}; the cuda engine has kernels for {', '.join(map(str, HEAD_DIMS))}")
+    if config.n_embd % 32 or config.n_embd > MAX_EMBD:
+        raise refuse(f"width {config.n_embd}; the cuda engine takes multiples of 32 up to {MAX_EMBD}")
+    if config.n_expert > MAX_EXPERTS or config.n_expert_used > MAX_EXPERTS_USED:
+        raise refuse(
+            f"{config.n_expert} experts, {config.n_expert_used} a token; the cuda engine takes {MAX_EXPERTS} and "
+            f"{MAX_EXPERTS_USED}"
+        )
+
+
+def _check_memory(device: Device, weights: int, cache: int, scratch: int, path: str) -> None:
+    """Refuse what would not fit. All in bytes."""
+    free, total = device.memory()
+    missing = weights + cache + scratch + _RESERVE - free
+    if missing > 0:
+        raise EngineError(
+            f"{path} needs {weights / _GIB:.1f} GiB for its weights, {cache / _GIB:.1f} GiB of KV cache and "
+            f"{scratch / _GIB:.1f} GiB of scratch memory; {missing / _GIB:.1f} GiB are missing on {device.name} "
+            f"({free / _GIB:.1f} of {total / _GIB:.1f} GiB free)",
+            "use a smaller quantization, a shorter n_ctx, fewer n_slots, a quantized cache_type, or free the GPU",
+            "out_of_memory",
+        )
