@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from services.draft.session import DraftSession
-from shared.engine.interface import Chunk, Engine
+from shared.engine.interface import Chunk, Engine, Proposer
 from shared.engine.ngram import NgramIndex
 from shared.engine.slots import SlotTable
 from shared.sampling.drafting import DraftToken, draft
@@ -24,6 +24,8 @@ from shared.settings import DrafterKind
 NO_IDS = np.empty(0, np.int32)
 NO_PROBS = np.empty(0, np.float32)
 MODELLESS_SLOTS = 256
+PROPOSED_AT_A_TIME = 4
+"""Fewer cost time a token, more make a session wait longer before it hears of a commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,12 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """Drafts one token for each session a turn, all sessions in one forward pass."""
+    """Drafts for each session a turn, all sessions in one forward pass: one token, or up to PROPOSED_AT_A_TIME where
+    the engine chooses tokens itself."""
 
     def __init__(self, engine: Engine, q_top_k: int) -> None:
         self._engine = engine
+        self._proposer = engine if isinstance(engine, Proposer) else None
         self._q_top_k = q_top_k
         self._slots = SlotTable(engine.info.n_slots)
         info = engine.info
@@ -110,6 +114,12 @@ class ModelDrafter:
         if not chunks:
             return []
         started = monotonic_us()
+        if self._proposer is not None and all(
+            chunk.rows and self._proposer.can_propose(session.sampling)
+            for chunk, session in zip(chunks, taking_part, strict=True)
+        ):
+            self._propose(self._proposer, chunks, taking_part, started)
+            return taking_part
         logits = self._engine.forward(chunks)
         row = 0
         drafting: list[tuple[DraftSession, DraftToken | None, int]] = []
@@ -124,15 +134,28 @@ class ModelDrafter:
         spent = monotonic_us() - started
         out: list[DraftSession] = []
         for session, drafted, n_tokens in drafting:
-            # After a rollback or an accepted run one or two tokens are fed at once; more are a prompt.
-            if n_tokens > session.window:
-                session.cost.prefill_us += spent
-            else:
-                session.cost.decode_us += spent
+            _count(session, n_tokens, spent)
             if drafted is not None:
                 session.append(drafted)
                 out.append(session)
         return out
+
+    def _propose(
+        self, proposer: Proposer, chunks: Sequence[Chunk], sessions: Sequence[DraftSession], started: int
+    ) -> None:
+        """Several tokens for each session, whose chunks end its prefix."""
+        n = min(PROPOSED_AT_A_TIME, proposer.max_proposals, *(session.room for session in sessions))
+        proposed = proposer.propose(chunks, [session.sampling for session in sessions], n)
+        spent = monotonic_us() - started
+        for i, (session, chunk) in enumerate(zip(sessions, chunks, strict=True)):
+            _count(session, len(chunk.tokens), spent)
+            # The engine has fed every token but the last; those after a stop token are dropped.
+            session.cached += len(chunk.tokens) - 1
+            for token, confidence in zip(proposed.tokens[i].tolist(), proposed.confidences[i].tolist(), strict=True):
+                if not session.room:
+                    break
+                session.append(DraftToken(token, confidence, NO_IDS, NO_PROBS))
+                session.cached += 1
 
     def shut(self) -> None:
         self._engine.close()
@@ -202,6 +225,15 @@ class GarbageDrafter:
 
     def shut(self) -> None:
         pass
+
+
+def _count(session: DraftSession, n_tokens: int, spent: int) -> None:
+    """Book the time of a turn that fed so many tokens of a session."""
+    # After a rollback or an accepted run one or two tokens are fed at once; more are a prompt.
+    if n_tokens > session.window:
+        session.cost.prefill_us += spent
+    else:
+        session.cost.decode_us += spent
 
 
 def _certain(token: int) -> DraftToken:

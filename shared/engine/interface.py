@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from shared.sampling.params import SamplingParams
 
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
@@ -131,3 +133,34 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model and the caches; the engine must not be used afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """What `Proposer.propose` chose, for every chunk in its order.
+
+    tokens: [chunks, n] int32. confidences: [chunks, n] float32, the engine's own probability of each token: filtered
+        and tempered; for greedy, unfiltered at T = 1.
+    """
+
+    tokens: Int32
+    confidences: Float32
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """An engine that also chooses tokens itself, for drafting: without a round trip to the host for every token."""
+
+    @property
+    def max_proposals(self) -> int:
+        """Most tokens of one call."""
+
+    def can_propose(self, params: SamplingParams) -> bool:
+        """Whether tokens are chosen as these parameters want."""
+
+    def propose(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams], n: int) -> Proposed:
+        """Feed each chunk, which wants one row, and then n times choose a token and, but for the last, feed it.
+
+        A slot holds its chunk and n - 1 tokens more afterwards. Choices are coupled or greedy, over the leaders of
+        each row: they may differ from those over whole rows, which can cost a proposal, never a token.
+        """

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil, e, log2, sqrt
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,8 @@ SPLIT_KEYS = 128
 """Keys that one work item takes."""
 TILE_ROWS = 16
 """Query heads of a tile, over rows and the heads of a group."""
+WORK_INTS = 8
+"""Numbers that describe a tile or an item."""
 HEAD_DIMS = (32, 64, 96, 128, 256)
 """What the kernels are made for."""
 CACHE_KINDS = ("f16", "q8_0", "q4_0")
@@ -89,62 +93,89 @@ class KvLayer:
     value_scales: Buffer | None
 
 
-@dataclass(frozen=True, slots=True)
-class TilePlan:
-    """How the query heads of a step are cut into tiles of up to TILE_ROWS, all int32.
+class Span(NamedTuple):
+    """Rows of a step, of one slot at consecutive positions: n_rows from `row` on, the first at position `start`."""
 
-    tile_row: [tiles] the first row of the tile's chunk.
-    tile_first: [tiles] its first query head, flattened: row in the chunk * group + head in the group.
-    tile_count: [tiles] how many.
-    tile_item: [tiles + 1] how many splits the tiles before have.
+    row: int
+    n_rows: int
+    start: int
+    slot: int
+
+
+class Tile(NamedTuple):
+    """Query heads that a block of `attend` takes: up to TILE_ROWS of a chunk's, flattened: row * group + head of group.
+
+    row: the chunk's first, at position `start`. first: of the heads, a multiple of TILE_ROWS. last: position of the
+    row of the last head.
     """
 
-    tile_row: Int32
-    tile_first: Int32
-    tile_count: Int32
-    tile_item: Int32
+    row: int
+    first: int
+    n_heads: int
+    start: int
+    last: int
+    slot: int
 
     @property
-    def n_tiles(self) -> int:
-        """step[2]."""
-        return len(self.tile_row)
-
-    @property
-    def n_items(self) -> int:
-        """step[3]."""
-        return int(self.tile_item[-1])
+    def n_splits(self) -> int:
+        return self.last // SPLIT_KEYS + 1
 
 
-def plan_tiles(chunks: Sequence[tuple[int, int, int]], group: int) -> TilePlan:
-    """The tiles of a step.
+def plan_tiles(chunks: Sequence[Span], group: int) -> list[Tile]:
+    """The query tiles of a step.
 
     Args:
-        chunks: (first row of the step, number of rows, position of the first), in ascending order of rows.
+        chunks: in ascending order of rows.
         group: query heads per key-value head.
     """
-    rows: list[Int32] = []
-    firsts: list[Int32] = []
-    counts: list[Int32] = []
-    splits: list[Int32] = []
+    tiles = []
     end = 0
-    for row, n_rows, start in chunks:
+    for row, n_rows, start, slot in chunks:
         if row < end or n_rows < 1:
             raise ValueError(f"{n_rows} rows from row {row} on, after row {end}: chunks are not empty, and ascend")
         end = row + n_rows
-        heads = n_rows * group
-        first = np.arange(0, heads, TILE_ROWS, dtype=np.int32)
-        count = np.minimum(TILE_ROWS, heads - first, dtype=np.int32)
-        last = start + (first + count - 1) // group
-        rows.append(np.full(len(first), row, np.int32))
-        firsts.append(first)
-        counts.append(count)
-        splits.append((last // SPLIT_KEYS + 1).astype(np.int32))
-    empty = np.empty(0, np.int32)
-    item = np.zeros(1 + sum(map(len, splits)), np.int32)
-    np.cumsum(np.concatenate([empty, *splits]), out=item[1:])
-    return TilePlan(
-        np.concatenate([empty, *rows]), np.concatenate([empty, *firsts]), np.concatenate([empty, *counts]), item
-    )
+        for first in range(0, n_rows * group, TILE_ROWS):
+            n_heads = min(TILE_ROWS, n_rows * group - first)
+            tiles.append(Tile(row, first, n_heads, start, start + (first + n_heads - 1) // group, slot))
+    return tiles
+
+
+def whole_work(tiles: Sequence[Tile]) -> Int32:
+    """[tiles, WORK_INTS] what `attend` does: the tiles."""
+    work = np.zeros((len(tiles), WORK_INTS), np.int32)
+    work[:, :6] = np.fromiter(chain.from_iterable(tiles), np.int32, 6 * len(tiles)).reshape(-1, 6)
+    return work
+
+
+def split_work(tiles: Sequence[Tile], pages: Int32, group: int, n_rows: int) -> tuple[Int32, Int32]:
+    """What `attend_splits` does, and where `merge_splits` finds its results.
+
+    Args:
+        pages: [slots, pages of a slot].
+        group: query heads per key-value head.
+        n_rows: of the step.
+
+    Returns:
+        [items, WORK_INTS]: each split of each tile in turn: the tile, but instead of the slot the split's index, and
+        then the two pages of its keys (0: none).
+        [n_rows, group]: of each head of a row's groups, TILE_ROWS * its tile's first item + its place in the tile; -1:
+        in no tile.
+    """
+    items = np.zeros((sum(tile.n_splits for tile in tiles), WORK_INTS), np.int32)
+    heads = np.full(n_rows * group, -1, np.int32)
+    at = 0
+    for tile in tiles:
+        n = tile.n_splits
+        part, held = items[at : at + n], pages[tile.slot]
+        part[:, :6] = np.array(tile, np.int32)
+        part[:, 5] = np.arange(n)
+        part[:, 6] = held[0 : 2 * n : 2]
+        second = held[1 : 2 * n : 2]
+        part[: len(second), 7] = second
+        head = tile.row * group + tile.first
+        heads[head : head + tile.n_heads] = np.arange(TILE_ROWS * at, TILE_ROWS * at + tile.n_heads)
+        at += n
+    return items, heads.reshape(n_rows, group)
 
 
 def n_splits(n_keys: int) -> int:
@@ -159,18 +190,20 @@ def item_bytes(layout: CacheLayout) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """The queries of a step, in device memory; int32 but for q.
+    """The queries of a step, in device memory; int32 but for q. All but q must have been written by a copy, not by a
+    kernel: kernels read it before those ahead of them are done.
 
-    step: [4] rows, (not used here), tiles, work items. positions, slots: [rows]. pages: [slots, pages of a slot].
-    tiles: the arrays of a `TilePlan` in its order; their lengths are the most tiles that there can be.
+    step: rows, (not used here), how much of `work` there is. positions: [rows]. pages: [slots, pages of a slot].
+    work: [capacity, WORK_INTS] `whole_work` for `attend`, of `split_work` for `attend_splits`; 16-byte aligned.
+    heads: [rows, group] of `split_work`, for `merge_splits`.
     q: halves [rows, n_head, head_dim].
     """
 
     step: Buffer
     positions: Buffer
-    slots: Buffer
     pages: Buffer
-    tiles: tuple[Buffer, Buffer, Buffer, Buffer]
+    work: Buffer
+    heads: Buffer | None
     q: Buffer
 
 
@@ -188,8 +221,7 @@ def rope_append(
     device: Device,
     step: Buffer,
     positions: Buffer,
-    slots: Buffer,
-    pages: Buffer,
+    cells: Buffer,
     qkv: Buffer,
     q_norm: Buffer | None,
     k_norm: Buffer | None,
@@ -205,7 +237,8 @@ def rope_append(
     """Normalize and rotate queries and keys; queries to q, keys and values to their places in the cache.
 
     Args:
-        step, positions, slots, pages: as of `Query`.
+        step, positions: as of `Query`, with max_rows positions.
+        cells: int32 [max_rows] where in the cache, page * PAGE_TOKENS + position % PAGE_TOKENS; from a copy too.
         qkv: float32 [rows, (n_head + 2 n_kv_head) head_dim].
         q_norm, k_norm: float32 [head_dim], None for models without.
         cos, sin: float32 [positions, ..., rotated pairs of a head].
@@ -214,14 +247,13 @@ def rope_append(
         max_rows: sizes the grid.
     """
     layout = cache.layout
-    warps = max_rows * (n_head + 2 * layout.n_kv_head)
+    warps = n_head + 2 * layout.n_kv_head
     device.launch(
         device.kernel("attention.cu", _rope_append_name(layout)),
-        (ceil(warps / (_APPEND_THREADS // 32)),),
+        (max_rows, ceil(warps / (_APPEND_THREADS // 32))),
         _APPEND_THREADS,
         [
-            *(step, positions, slots, pages, pages.shape[1]),
-            *(qkv, q_norm, k_norm, float(eps), cos, sin, 2 * cos.shape[-1], int(neox)),
+            *(step, positions, cells, qkv, q_norm, k_norm, float(eps), cos, sin, 2 * cos.shape[-1], int(neox)),
             *(n_head, layout.n_kv_head, q, cache.keys, cache.values, cache.key_scales, cache.value_scales),
         ],
     )
@@ -229,20 +261,19 @@ def rope_append(
 
 def attend(device: Device, query: Query, cache: KvLayer, out: Buffer) -> None:
     """out: float32 [rows, n_head * head_dim] = attention; for many rows."""
-    _attend(device, query, cache, None, out, (query.tiles[0].shape[0], cache.layout.n_kv_head))
+    _attend(device, query, cache, None, out, (query.work.shape[0], cache.layout.n_kv_head))
 
 
-def attend_splits(device: Device, query: Query, cache: KvLayer, partials: Buffer, max_items: int) -> None:
+def attend_splits(device: Device, query: Query, cache: KvLayer, partials: Buffer) -> None:
     """The first half of attention for few rows.
 
     Args:
-        partials: `item_bytes` for each work item, written.
-        max_items: the most work items that there can be.
+        partials: `item_bytes` for each item, written.
     """
     layout = cache.layout
     kernel = device.kernel("attention.cu", _attend_name(layout, False))
     blocks = device.blocks_per_multiprocessor(kernel, _ATTEND_THREADS, _attend_shared(layout))
-    grid = min(max_items * layout.n_kv_head, device.n_multiprocessors * max(1, blocks))
+    grid = min(query.work.shape[0] * layout.n_kv_head, device.n_multiprocessors * max(1, blocks))
     _attend(device, query, cache, partials, None, (grid,))
 
 
@@ -267,7 +298,7 @@ def merge_splits(
         (max_rows, ceil(n_head * layout.head_dim / GROUP)),
         _MERGE_THREADS,
         [
-            *(query.step, *query.tiles, query.positions),
+            *(query.step, query.positions, query.heads),
             *(partials, n_head, layout.n_kv_head, _scale(layout)),
             *(out, quantized.q, quantized.scale, quantized.sums),
         ],
@@ -309,7 +340,7 @@ def _attend(
         grid,
         _ATTEND_THREADS,
         [
-            *(query.step, *query.tiles, query.positions, query.slots, query.pages, query.pages.shape[1], query.q),
+            *(query.step, query.work, query.pages, query.pages.shape[1], query.q),
             *(cache.keys, cache.values, cache.key_scales, cache.value_scales),
             *(query.q.shape[1], layout.n_kv_head, _scale(layout), partials, out),
         ],

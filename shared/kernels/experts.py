@@ -8,26 +8,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from shared.kernels.activations import Activations
 from shared.kernels.device import Argument, Buffer, Device
 
 _SCORE_EXPERTS = 4
-_SELECT_ROWS = 8
+_WARPS = 8
 _GROUP_THREADS = 1024
-_FEW_ROWS = 16
+_ROUND_ELEMENTS = 2048
+_SLOTS = 16
+_KEYS_AT_ONCE = 8
+_ROWS_BYTES = 64 * 1024
+"""Most shared memory of a block of `norm_scores_select` for its rows,"""
+_FUSED_BYTES = 96 * 1024
+"""and for these and its experts' weights, so that every GPU since compute capability 8.0 has it."""
 
+FEW_ROWS = 32
+"""Up to so many rows `norm_scores_select` takes, and `select_experts` is one kernel."""
 MAX_EXPERTS = 512
-MAX_EXPERTS_USED = 16
+MAX_EXPERTS_USED = _SLOTS
 MAX_ROWS = 1024
 """What `select_experts` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Rows of a plain matrix.
+
+    count: int32 [1] in device memory, a view of step.
+    """
+
+    count: Buffer
+    max_rows: int
+    rows_per_group: int
+
+    @property
+    def max_groups(self) -> int:
+        return ceil(self.max_rows / self.rows_per_group)
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
     """Pairs of a row and one of its experts, cut into groups of one expert (experts.cu).
 
-    pairs: int32, the pairs row * n_used + slot by ascending expert, then ascending.
-    table: int32 [1 + 3 * max_groups]: the number of groups, then the groups' experts, their beginnings in `pairs`, and
-        their numbers of pairs (1 .. rows_per_group), each in an array of max_groups.
+    pairs: int32 [max_groups, rows_per_group], the pairs row * n_used + slot by ascending expert, then ascending; -1
+        beyond a group's number of pairs.
+    table: int32 [1 + 2 * max_groups]: the number of groups, then the groups' experts and their numbers of pairs
+        (1 .. rows_per_group), each in an array of max_groups.
     """
 
     pairs: Buffer
@@ -36,18 +62,36 @@ class Groups:
     rows_per_group: int
 
     @classmethod
-    def empty(cls, device: Device, max_rows: int, rows_per_group: int, n_used: int = 1, n_expert: int = 1) -> Groups:
-        """Room for `max_rows` rows; the defaults are those of a plain matrix."""
+    def empty(cls, device: Device, max_rows: int, rows_per_group: int, n_used: int, n_expert: int) -> Groups:
+        """Room for the groups of `max_rows` rows; rows_per_group is a power of two."""
         n_pairs = max_rows * n_used
         # An expert that has c >= 1 pairs has at most 1 + (c - 1) / rows_per_group groups.
         active = min(n_expert, n_pairs)
         max_groups = active + (n_pairs - active) // rows_per_group
         return cls(
-            pairs=device.empty((n_pairs,), "int32"),
-            table=device.empty((1 + 3 * max_groups,), "int32"),
+            pairs=device.empty((max_groups, rows_per_group), "int32"),
+            table=device.empty((1 + 2 * max_groups,), "int32"),
             max_groups=max_groups,
             rows_per_group=rows_per_group,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """How the blocks of `norm_scores_select` hand over their scores; between launches always as `empty` made it.
+
+    scores: uint32 [rows, n_expert], all 0xffffffff. counter: int32 [1], 0.
+    """
+
+    scores: Buffer
+    counter: Buffer
+
+    @classmethod
+    def empty(cls, device: Device, max_rows: int, n_expert: int) -> Handover:
+        """For steps of up to `max_rows` rows, of which FEW_ROWS are enough."""
+        scores = device.empty((min(max_rows, FEW_ROWS), n_expert), "uint32")
+        device.fill(scores, 0xFF)
+        return cls(scores=scores, counter=device.zeros((1,), "int32"))
 
 
 def expert_scores_name(max_rows: int) -> str:
@@ -99,22 +143,95 @@ def select_experts(
     n_expert, n_used = scores.shape[1], ids.shape[1]
     both, select, group = select_experts_names(n_expert)
     selection: list[Argument] = [scores, n_expert, n_used, int(normalize), float(expert_scale), ids, weights]
-    table: list[Argument] = [groups.rows_per_group, groups.max_groups, groups.pairs, groups.table]
-    shared = 64 * n_expert + 4 * (n_expert + 32)
-    if max_rows <= _FEW_ROWS:
-        device.launch(device.kernel("experts.cu", both), (1,), _GROUP_THREADS, [step, *selection, *table], shared)
+    if max_rows <= FEW_ROWS:
+        arguments = [step, *selection, *_table(groups)]
+        shared = _few_rows_bytes(n_expert, n_used, max_rows)
+        device.launch(device.kernel("experts.cu", both), (1,), 32 * _WARPS, arguments, shared)
         return
-    grid = (ceil(max_rows / _SELECT_ROWS),)
-    device.launch(device.kernel("experts.cu", select), grid, 32 * _SELECT_ROWS, [step, *selection])
-    arguments = [step, n_expert, n_used, ids, *table]
+    grid = (ceil(max_rows / _WARPS),)
+    kernel = device.kernel("experts.cu", select)
+    device.launch(kernel, grid, 32 * _WARPS, [step, *selection], _key_bytes(n_expert))
+    arguments = [step, n_expert, n_used, ids, *_table(groups)]
+    shared = 64 * n_expert + 4 * (n_expert + 32)
     device.launch(device.kernel("experts.cu", group), (1,), _GROUP_THREADS, arguments, shared)
 
 
-def dense_groups(device: Device, step: Buffer, which: int, groups: Groups) -> None:
-    """The groups of a plain matrix for step[which] rows: 0, all rows of the step, or 1, those with wanted logits."""
+def norm_scores_select_name(n_embd: int, n_expert: int, max_rows: int) -> str:
+    """The instance of `norm_scores_select` for a number of rows; the results are the same."""
+    experts, rows = _fused_block(n_embd, max_rows)
+    return f"norm_scores_select<{ceil(n_embd / _ROUND_ELEMENTS)}, {ceil(n_expert / 32)}, {experts}, {rows}>"
+
+
+def norm_scores_select(
+    device: Device,
+    step: Buffer,
+    x: Buffer,
+    x_out: Buffer,
+    part: Buffer,
+    norm_weight: Buffer,
+    eps: float,
+    h: Buffer | None,
+    out: Activations,
+    gate_weight: Buffer,
+    normalize: bool,
+    expert_scale: float,
+    handover: Handover,
+    ids: Buffer,
+    weights: Buffer,
+    groups: Groups,
+    max_rows: int,
+) -> None:
+    """`add_norm` with one part, `expert_scores` and `select_experts` of a few rows at once, with the same bits.
+
+    Args:
+        x, x_out, part: [rows, n_embd] float32, all of max_rows rows and different: x_out = x + part.
+        norm_weight, eps, h, out: as of `add_norm`.
+        gate_weight: [n_expert, n_embd] float32. ids, weights, groups: as of `select_experts`.
+        max_rows: up to FEW_ROWS, and up to what `handover` is for.
+    """
+    n_expert, n_embd = gate_weight.shape
+    n_used = ids.shape[1]
+    experts, rows = _fused_block(n_embd, max_rows)
+    early = min(n_embd, (_FUSED_BYTES - 4 * rows * n_embd) // (4 * experts) // 128 * 128)
     device.launch(
-        device.kernel("experts.cu", "dense_groups"),
-        (1,),
-        _GROUP_THREADS,
-        [step, which, groups.rows_per_group, groups.max_groups, groups.pairs, groups.table],
+        device.kernel("experts.cu", norm_scores_select_name(n_embd, n_expert, max_rows)),
+        (ceil(n_expert / experts) + 1, ceil(max_rows / rows)),
+        32 * _WARPS,
+        [
+            *(step, max_rows, x, x_out, part, norm_weight, float(eps), n_embd, h, out.q, out.scale, out.sums),
+            *(
+                gate_weight,
+                early,
+                n_expert,
+                n_used,
+                int(normalize),
+                float(expert_scale),
+                handover.scores,
+                handover.counter,
+            ),
+            *(ids, weights, *_table(groups)),
+        ],
+        max(4 * rows * (n_embd + _WARPS) + 4 * experts * early + 16, _few_rows_bytes(n_expert, n_used, max_rows)),
     )
+
+
+def _fused_block(n_embd: int, max_rows: int) -> tuple[int, int]:
+    """Experts and rows of a block: about a block per multiprocessor with 128 experts, whatever the rows."""
+    rows = 1
+    while rows < 4 and 8 * rows < max_rows and 2 * rows * 4 * n_embd <= _ROWS_BYTES:
+        rows *= 2
+    return 4 if max_rows <= 4 else 8, rows
+
+
+def _table(groups: Groups) -> list[Argument]:
+    return [groups.rows_per_group.bit_length() - 1, groups.max_groups, groups.pairs, groups.table]
+
+
+def _key_bytes(n_expert: int) -> int:
+    """Shared memory of a block's warps for `select_row`."""
+    return 8 * _WARPS * (_SLOTS + max(32, _SLOTS * ceil(n_expert / 32)) + _KEYS_AT_ONCE)
+
+
+def _few_rows_bytes(n_expert: int, n_used: int, max_rows: int) -> int:
+    """Shared memory of `FewRows`."""
+    return _key_bytes(n_expert) + 8 * n_expert + 128 * n_used + 4 * max_rows * n_expert

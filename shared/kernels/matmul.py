@@ -7,10 +7,11 @@ the device and the launch change no bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 
-from shared.kernels.activations import Activations
-from shared.kernels.device import Buffer, Device, Kernel
+from shared.kernels.activations import GROUP, SUMS, Activations
+from shared.kernels.device import Argument, Buffer, Device
 from shared.kernels.experts import Groups
 from shared.kernels.weights import Codec, Tiles
 
@@ -19,9 +20,27 @@ COLUMNS = (8, 16, 32, 64)
 """Rows of activations that one work item takes, as compiled."""
 
 _WARPS = 8
-_RING_BYTES = 82 * 1024
+_RING_BYTES = 93 * 1024
+_MOST_QUANTIZED = 2048
+"""Longest rows that are quantized by every block that needs them."""
 _FULL = 1024
 """Warps that keep a GPU's memory busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Rows of a plain matrix: `count` int32 [1] of them on the device, `max_rows` at most."""
+
+    count: Buffer
+    max_rows: int
+
+    @property
+    def rows_per_group(self) -> int:
+        return columns_for(self.max_rows)
+
+    @property
+    def max_groups(self) -> int:
+        return ceil(self.max_rows / self.rows_per_group)
 
 
 def columns_for(n_rows: int) -> int:
@@ -29,18 +48,24 @@ def columns_for(n_rows: int) -> int:
     return next((columns for columns in COLUMNS if n_rows <= columns), COLUMNS[-1])
 
 
-def shared_bytes(codecs: Sequence[Codec], columns: int) -> int:
-    """Dynamic shared memory of a block: `Layout::kShared` in matmul.cu."""
+def shared_bytes(codecs: Sequence[Codec], columns: int, k: int = 0) -> int:
+    """Dynamic shared memory of a block: `Layout::kShared` in matmul.cu, and room to quantize rows of k elements."""
     stage = 16 * max(codec.bytes for codec in codecs)
     stages = min(6, max(2, _RING_BYTES // (_WARPS * stage)))
-    return _WARPS * stages * stage + _WARPS * columns * 4 + _WARPS * columns // 8 * 4 * 32 * 4
+    room = columns * ceil(k / GROUP) * (GROUP + 2 * SUMS + 4)
+    return _WARPS * stages * stage + _WARPS * 2 * columns * 4 + _WARPS * columns // 8 * 4 * 32 * 4 + room
 
 
-def matmul_name(matrices: Sequence[Tiles], columns: int) -> str:
+def can_quantize(matrix: Tiles, rows: Groups | PlainRows) -> bool:
+    """Whether `matmul` can round the activations to 8 bits itself, which saves few rows a launch."""
+    return rows.rows_per_group == COLUMNS[0] and not matrix.codec.dense and matrix.k <= _MOST_QUANTIZED
+
+
+def matmul_name(matrices: Sequence[Tiles], columns: int, quantize: bool = False) -> str:
     """The instance of `matmul` for up to three matrices below each other."""
     names = [matrix.codec.struct for matrix in matrices]
     names += names[-1:] * (3 - len(names))
-    return f"matmul<{', '.join(names)}, {columns}>"
+    return f"matmul<{', '.join(names)}, {columns}, {str(quantize).lower()}>"
 
 
 def gate_up_name(gate: Tiles, up: Tiles, columns: int) -> str:
@@ -51,38 +76,40 @@ def gate_up_name(gate: Tiles, up: Tiles, columns: int) -> str:
 def matmul(
     device: Device,
     matrices: Sequence[Tiles],
-    groups: Groups,
-    x: Activations,
+    rows: Groups | PlainRows,
+    x: Activations | None,
     floats: Buffer | None,
     out: Buffer,
     *,
     n_used: int = 0,
 ) -> None:
-    """out[pair] = W x[pair], for every pair of `groups`.
+    """out[pair] = W x[pair], for every pair, or row of a plain matrix.
 
     Args:
-        matrices: one to three, [rows, k] each, that stand below each other; of a stack the pair's expert.
-        groups: which pairs go through which matrix of the stack.
-        x: quantized rows, one per pair.
-        floats: the rows as float32 [rows, k], needed where a matrix has a dense type.
-        out: float32 [pairs, sum of rows].
-        n_used: matrices of the stack that one row takes; 0: a plain matrix.
+        matrices: one to three, [n_rows, k] each, that stand below each other; of a stack the pair's expert.
+        rows: which pairs go through which matrix of a stack, or how many rows there are.
+        x: quantized rows, one per pair; None: they are made of `floats` (see `can_quantize`), with the same bits.
+        floats: the rows as float32 [rows, k], needed without x, and where a matrix has a dense type.
+        out: float32 [pairs, sum of n_rows].
+        n_used: matrices of the stack that one row takes; 0 for a plain matrix.
     """
     first, *more = [(matrix.buffer, matrix.n_rows) for matrix in matrices] + [(None, 0)] * (3 - len(matrices))
     tiles = sum(ceil(matrix.n_rows / 16) for matrix in matrices)
     splits = n_splits(tiles * max(1, n_used), min(matrix.n_blocks for matrix in matrices), 8)
-    bundles = ceil(tiles * splits / _WARPS)
-    kernel = device.kernel("matmul.cu", matmul_name(matrices, groups.rows_per_group))
-    shared = shared_bytes([matrix.codec for matrix in matrices], groups.rows_per_group)
+    kernel = device.kernel("matmul.cu", matmul_name(matrices, rows.rows_per_group, x is None))
+    k = matrices[0].k
+    shared = shared_bytes([matrix.codec for matrix in matrices], rows.rows_per_group, k if x is None else 0)
+    activations = (x.q, x.scale, x.sums) if x is not None else (None, None, None)
     device.launch(
         kernel,
-        (_grid(device, kernel, groups.max_groups * bundles, shared),),
+        (ceil(tiles * splits / _WARPS), rows.max_groups),
         THREADS,
         [
-            *(groups.table, groups.pairs, groups.max_groups, 1, int(n_used > 0)),
-            *(x.q, x.scale, x.sums, floats, matrices[0].k),
+            *_rows(rows),
+            1.0,
+            *(*activations, floats, k),
             *(*first, *more[0], *more[1]),
-            *(splits, out, sum(matrix.n_rows for matrix in matrices)),
+            *(splits.bit_length() - 1, out, sum(matrix.n_rows for matrix in matrices)),
         ],
         shared,
     )
@@ -92,7 +119,7 @@ def gate_up(
     device: Device,
     gate: Tiles,
     up: Tiles,
-    groups: Groups,
+    rows: Groups | PlainRows,
     x: Activations,
     floats: Buffer | None,
     out: Buffer,
@@ -105,20 +132,27 @@ def gate_up(
     """
     tiles = ceil(gate.n_rows / 16)
     splits = n_splits(2 * tiles * max(1, n_used), min(gate.n_blocks, up.n_blocks), 4)
-    bundles = ceil(tiles * 2 * splits / _WARPS)
-    kernel = device.kernel("matmul.cu", gate_up_name(gate, up, groups.rows_per_group))
-    shared = shared_bytes([gate.codec, up.codec], groups.rows_per_group)
+    kernel = device.kernel("matmul.cu", gate_up_name(gate, up, rows.rows_per_group))
+    shared = shared_bytes([gate.codec, up.codec], rows.rows_per_group)
     device.launch(
         kernel,
-        (_grid(device, kernel, groups.max_groups * bundles, shared),),
+        (ceil(2 * tiles * splits / _WARPS), rows.max_groups),
         THREADS,
         [
-            *(groups.table, groups.pairs, groups.max_groups, max(1, n_used), int(n_used > 0)),
+            *_rows(rows),
+            1.0 / max(1, n_used),
             *(x.q, x.scale, x.sums, floats, gate.k),
-            *(gate.buffer, up.buffer, gate.n_rows, splits, out, gate.n_rows),
+            *(gate.buffer, up.buffer, gate.n_rows, splits.bit_length() - 1, out, gate.n_rows),
         ],
         shared,
     )
+
+
+def _rows(rows: Groups | PlainRows) -> tuple[Argument, ...]:
+    """The kernels' arguments table, pairs, max_groups and stacked."""
+    if isinstance(rows, PlainRows):
+        return rows.count, None, rows.max_groups, 0
+    return rows.table, rows.pairs, rows.max_groups, 1
 
 
 def n_splits(tiles: int, n_blocks: int, most: int) -> int:
@@ -130,7 +164,3 @@ def n_splits(tiles: int, n_blocks: int, most: int) -> int:
     while splits < min(most, n_blocks) and tiles * splits < _FULL:
         splits *= 2
     return min(splits, most)
-
-
-def _grid(device: Device, kernel: Kernel, n_items: int, shared: int) -> int:
-    return min(n_items, device.n_multiprocessors * max(1, device.blocks_per_multiprocessor(kernel, THREADS, shared)))

@@ -45,7 +45,8 @@ def add_norm(
     """x += the weighted sum of each row's parts; h and out = the norm of x, for the first step[0] rows.
 
     Args:
-        x: [rows, n_embd] float32; not written where n_parts is 0.
+        x: [rows, n_embd] float32; not written where n_parts is 0. x, parts and part_weights have max_rows rows, those
+            beyond the step with any content.
         parts: [rows, n_parts, n_embd] float32. part_weights: [rows, n_parts] float32; None adds parts as they are.
         norm_weight: [n_embd] float32, n_embd a multiple of 32 up to 16384.
         h: [rows, n_embd] float32, or None where only `out` is wanted.
@@ -78,7 +79,7 @@ def output_norm(
 ) -> None:
     """`add_norm` of rows out_rows[: step[1]] of x and parts into the first rows of h and out; x is not written.
 
-    out_rows: int32. The others: as of `add_norm`.
+    out_rows: int32 [max_rows]. The others: as of `add_norm`.
     """
     device.launch(
         device.kernel("norm.cu", output_norm_name(norm_weight.size)),

@@ -181,12 +181,13 @@ def dequantize(device: Device, tiles: Tiles, out: Buffer, *, by_groups: bool = F
     )
 
 
-def embed(device: Device, step: Buffer, tokens: Buffer, table: Tiles, x: Buffer) -> None:
+def embed(device: Device, step: Buffer, tokens: Buffer, chosen: Buffer, table: Tiles, x: Buffer) -> None:
     """x[row] = row tokens[row] of the table, for the rows of the step.
 
     Args:
         step: int32, whose first number says how many rows there are.
         tokens: int32, a row's number in the table each; they must lie inside it.
+        chosen: int32, where a token is negative the one to take.
         table: one matrix.
         x: float32 [rows at most, k].
     """
@@ -194,5 +195,5 @@ def embed(device: Device, step: Buffer, tokens: Buffer, table: Tiles, x: Buffer)
         device.kernel(*embed_kernel(table.codec)),
         (x.shape[0],),
         THREADS,
-        (step, tokens, table.buffer, x, table.k),
+        (step, tokens, chosen, table.buffer, x, table.k),
     )

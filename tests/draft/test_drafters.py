@@ -14,12 +14,13 @@ from services.draft.drafters import MODELLESS_SLOTS, Drafter, GarbageDrafter, Mo
 from services.draft.session import DraftSession
 from services.draft.worker import Worker
 from shared.engine.dense import DenseLogits
-from shared.engine.interface import Chunk, EngineInfo, EngineSettings
+from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
 from shared.engine.ngram import propose
 from shared.engine.null import FIRST_ID, NullEngine, next_token
 from shared.engine.slots import check_chunks, check_prefix
 from shared.messages import Close, Commit, Error, Message, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
+from shared.sampling.drafting import DraftToken, draft
 from shared.sampling.params import SamplingParams
 
 N_VOCAB = 64
@@ -61,6 +62,36 @@ class HistoryEngine:
 
     def close(self) -> None:
         self.held = []
+
+
+class ProposingEngine(HistoryEngine):
+    """The same with tokens that the engine chooses itself."""
+
+    max_proposals = 3
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked: list[int] = []
+
+    def can_propose(self, params: SamplingParams) -> bool:
+        return params.acceptance == "coupled"
+
+    def propose(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams], n: int) -> Proposed:
+        assert 1 <= n <= self.max_proposals
+        self.asked.append(n)
+        chosen: list[list[DraftToken]] = [[] for _ in chunks]
+        for _ in range(n):
+            logits = self.forward(chunks)
+            following = []
+            for row, (chunk, p) in enumerate(zip(chunks, params, strict=True)):
+                held = self.held[chunk.slot]
+                chosen[row].append(draft(p, logits.dense(row), held, len(held)))
+                following.append(Chunk(chunk.slot, len(held), np.array([chosen[row][-1].token], np.int32), 1))
+            chunks = following
+        return Proposed(
+            np.array([[d.token for d in row] for row in chosen], np.int32),
+            np.array([[d.confidence for d in row] for row in chosen], np.float32),
+        )
 
 
 def row_after(text: Sequence[int]) -> np.ndarray:
@@ -150,17 +181,20 @@ def test_after_an_accepted_run_the_cache_holds_its_own_last_token() -> None:
     assert engine.held[0] == text[:-1], "all but the last proposal, which no one has asked to continue"
 
 
+@pytest.mark.parametrize("engine", [HistoryEngine, ProposingEngine])
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, N_VOCAB - 1), min_size=1, max_size=3)), max_size=5),
-    st.integers(1, 5),
-    st.sampled_from((GREEDY, SamplingParams(seed=3, top_k=0, top_p=1.0, min_p=0.0))),
+    rounds=st.lists(
+        st.tuples(st.integers(0, 5), st.lists(st.integers(0, N_VOCAB - 1), min_size=1, max_size=3)), max_size=5
+    ),
+    window=st.integers(1, 5),
+    sampling=st.sampled_from((GREEDY, SamplingParams(seed=3, top_k=0, top_p=1.0, min_p=0.0))),
 )
 def test_any_rollback_equals_a_fresh_session(
-    rounds: list[tuple[int, list[int]]], window: int, sampling: SamplingParams
+    engine: type[HistoryEngine], rounds: list[tuple[int, list[int]]], window: int, sampling: SamplingParams
 ) -> None:
     """After any accepted runs and refusals the worker proposes what one that starts with this text would."""
-    harness = Harness(ModelDrafter(HistoryEngine(), 8))
+    harness = Harness(ModelDrafter(engine(), 8))
     harness.open(1, [1, 2, 3], window=window, sampling=sampling)
     for n_accepted, then in rounds:
         harness.run()
@@ -171,6 +205,42 @@ def test_any_rollback_equals_a_fresh_session(
     fresh.run()
     assert harness.proposed(1) == fresh.proposed(1)
     assert len(harness.proposed(1)) == window
+
+
+def test_an_engine_that_proposes_is_asked_for_several_tokens() -> None:
+    """As many as it can give and the window has room for; the message carries them all, the cache lacks the last."""
+    engine = ProposingEngine()
+    harness = Harness(ModelDrafter(engine, 8))
+    harness.open(1, [1, 2, 3], window=5)
+    harness.run()
+    assert engine.asked == [3, 2]
+    assert [len(m.tokens) for m in harness.sent if isinstance(m, Proposal)] == [3, 2]
+    text = [1, 2, 3, *greedy_after([1, 2, 3], 5)]
+    assert harness.proposed(1) == text[3:]
+    assert engine.held[0] == text[:-1]
+
+
+def test_what_an_engine_proposes_after_a_stop_token_is_dropped() -> None:
+    """The proposals end with the stop token, and the next commit goes on from there."""
+    first, second, *_ = greedy_after([1, 2, 3], 3)
+    harness = Harness(ModelDrafter(ProposingEngine(), 8))
+    harness.open(1, [1, 2, 3], window=5, stop=[second])
+    harness.run()
+    assert harness.proposed(1) == [first, second]
+    harness.commit(1, [first, 5])
+    harness.run()
+    assert harness.proposed(1) == greedy_after([1, 2, 3, first, 5], 5)
+
+
+def test_an_engine_is_not_asked_for_what_it_cannot_propose() -> None:
+    """Beside a session with rejection sampling all are drafted for from the logits."""
+    engine = ProposingEngine()
+    harness = Harness(ModelDrafter(engine, 8))
+    harness.open(1, [1, 2, 3], window=2)
+    harness.open(2, [9, 8], window=2, sampling=SamplingParams(acceptance="rejection"))
+    harness.run()
+    assert engine.asked == []
+    assert harness.proposed(1) == greedy_after([1, 2, 3], 2)
 
 
 def test_the_null_engine_drafts_like_a_null_target() -> None:

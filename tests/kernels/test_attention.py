@@ -17,14 +17,17 @@ from shared.kernels.attention import (
     CacheLayout,
     KvLayer,
     Query,
+    Span,
+    Tile,
     attend,
     attend_splits,
     copy_pages,
     item_bytes,
     merge_splits,
-    n_splits,
     plan_tiles,
     rope_append,
+    split_work,
+    whole_work,
 )
 from shared.kernels.device import Buffer, Device
 from tests.kernels.arrays import Array, assert_same_bits, download, is_poison, poisoned, upload
@@ -142,23 +145,34 @@ class Cache:
         return [part for part in parts if part is not None]
 
 
-def upload_query(device: Device, cache: Cache, chunks: Sequence[Chunk], q: Array, tails: int | None = None) -> Query:
+def padded(array: Array) -> Array:
+    """With SPARE rows of garbage."""
+    return np.concatenate([array, np.full((SPARE, *array.shape[1:]), -7, array.dtype)])
+
+
+def upload_query(
+    device: Device, cache: Cache, chunks: Sequence[Chunk], q: Array, split: bool, tails: int | None = None
+) -> Query:
     """tails: how many of each chunk's last rows have queries; None: all."""
-    positions, slots = places(chunks)
+    positions, _ = places(chunks)
     ends = np.cumsum([chunk.n for chunk in chunks])
     wanted = [chunk.n if tails is None else tails for chunk in chunks]
-    plan = plan_tiles(
-        [(int(end) - n, n, chunk.start + chunk.n - n) for chunk, end, n in zip(chunks, ends, wanted, strict=True)],
-        q.shape[1] // cache.layout.n_kv_head,
-    )
-    row, first, count, item = (
-        upload(device, np.append(array, np.full(SPARE, -1, np.int32)))
-        for array in (plan.tile_row, plan.tile_first, plan.tile_count, plan.tile_item)
-    )
+    group = q.shape[1] // cache.layout.n_kv_head
+    spans = [
+        Span(int(end) - n, n, chunk.start + chunk.n - n, chunk.slot)
+        for chunk, end, n in zip(chunks, ends, wanted, strict=True)
+    ]
+    tiles = plan_tiles(spans, group)
+    work, heads = whole_work(tiles), None
+    if split:
+        work, rows = split_work(tiles, cache.pages, group, len(positions))
+        heads = upload(device, padded(rows))
     return Query(
-        upload(device, np.array([len(positions), 0, plan.n_tiles, plan.n_items], np.int32)),
-        *(upload(device, array) for array in (positions, slots, cache.pages)),
-        (row, first, count, item),
+        upload(device, np.array([len(positions), 0, len(work)], np.int32)),
+        upload(device, padded(positions)),
+        upload(device, cache.pages),
+        upload(device, padded(work)),
+        heads,
         upload(device, q),
     )
 
@@ -192,7 +206,8 @@ def append(
     if norms is not None:
         weights = (upload(device, norms[0]), upload(device, norms[1]))
     positions, slots = places(chunks)
-    step = [upload(device, array) for array in (np.array([rows], np.int32), positions, slots, cache.pages)]
+    cells = cache.pages[slots, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+    step = [upload(device, array) for array in (np.array([rows], np.int32), padded(positions), padded(cells))]
     rope_append(device, *step, upload(device, qkv), *weights, EPS, cos, sin, neox, n_head, q, layer, rows + SPARE)
     cache.download(device, layer)
     out = download(device, q)
@@ -261,6 +276,21 @@ def test_keys_and_values_are_stored_as_ggml_would(device: Device, kind: str, cut
         assert_same_bits(got[start:], wanted[start:])
 
 
+@pytest.mark.parametrize("kind", CACHE_KINDS)
+def test_what_halves_cannot_hold_is_bounded(device: Device, kind: str) -> None:
+    """Queries, keys and values stay finite, also as numbers times a scale; NaN shows."""
+    layout, n = CacheLayout(kind, 32, 1), 3
+    cache = Cache(layout, 1, n)
+    heads = random_qkv(layout, n, 1).reshape(n, 3, 32)
+    heads[0, :, 0], heads[1, :, 1], heads[2, :, 2] = 1e30, -np.inf, 65519
+    q = append(device, cache, [Chunk(0, 0, n)], heads.reshape(n, -1), None, 0, True)
+    for got in (q, *cache.get(0, n)):
+        assert np.abs(got.reshape(n, -1)).max(1).tolist() == [65024] * n
+        assert got[0].flat[0] > 0 > got[1].flat[1]
+    heads[0, 0, 0] = np.nan
+    assert np.isnan(append(device, cache, [Chunk(0, 0, n)], heads.reshape(n, -1), None, 0, True)[0, 0, 0])
+
+
 # ---- attend
 
 
@@ -304,7 +334,7 @@ def make_case(
 
 def whole(device: Device, case: Case) -> Array:
     rows, n_head, head_dim = case.q.shape
-    query = upload_query(device, case.cache, case.chunks, case.q)
+    query = upload_query(device, case.cache, case.chunks, case.q, False)
     out = poisoned(device, (rows + SPARE, n_head * head_dim), "float32")
     attend(device, query, case.cache.upload(device), out)
     result = download(device, out)
@@ -315,13 +345,12 @@ def whole(device: Device, case: Case) -> Array:
 def splits(device: Device, case: Case, tails: int | None = None) -> tuple[Array, Array]:
     """The result, and its 8-bit form as float32 with the padding."""
     rows, n_head, head_dim = case.q.shape
-    query = upload_query(device, case.cache, case.chunks, case.q, tails)
+    query = upload_query(device, case.cache, case.chunks, case.q, True, tails)
     layer = case.cache.upload(device)
     out = poisoned(device, (rows + SPARE, n_head * head_dim), "float32")
     small = Activations.empty(device, rows + SPARE, n_head * head_dim)
-    items = query.tiles[0].size * n_splits(case.cache.pages.shape[1] * PAGE_TOKENS)
-    partials = poisoned(device, (items * item_bytes(layer.layout),), "uint8")
-    attend_splits(device, query, layer, partials, items)
+    partials = poisoned(device, ((query.work.shape[0] - SPARE) * item_bytes(layer.layout),), "uint8")
+    attend_splits(device, query, layer, partials)
     merge_splits(device, query, layer, partials, out, small, rows + SPARE)
     result, numbers, scale = (download(device, buffer) for buffer in (out, small.q, small.scale))
     assert is_poison(result[rows:])
@@ -429,22 +458,44 @@ def test_scores_of_any_size_are_safe(device: Device) -> None:
 
 
 def test_tiles_cover_each_query_head_once() -> None:
-    """In order, at most 16 each, with as many splits as the last of their rows needs."""
-    plan = plan_tiles([(0, 3, 126), (5, 11, 0)], group=6)
-    assert plan.tile_row.tolist() == [0, 0, 5, 5, 5, 5, 5]
-    assert plan.tile_first.tolist() == [0, 16, 0, 16, 32, 48, 64]
-    assert plan.tile_count.tolist() == [16, 2, 16, 16, 16, 16, 2]
-    assert plan.tile_item.tolist() == [0, 2, 4, 5, 6, 7, 8, 9]
-    assert (plan.n_tiles, plan.n_items) == (7, 9)
-    assert all(array.dtype == np.int32 for array in (plan.tile_row, plan.tile_first, plan.tile_count, plan.tile_item))
-    assert plan_tiles([], 4).tile_item.tolist() == [0]
+    """In order, at most 16 each."""
+    tiles = plan_tiles([Span(0, 3, 126, 1), Span(5, 11, 0, 0)], group=6)
+    assert tiles == [
+        Tile(0, 0, 16, 126, 128, 1),
+        Tile(0, 16, 2, 126, 128, 1),
+        Tile(5, 0, 16, 0, 2, 0),
+        Tile(5, 16, 16, 0, 5, 0),
+        Tile(5, 32, 16, 0, 7, 0),
+        Tile(5, 48, 16, 0, 10, 0),
+        Tile(5, 64, 2, 0, 10, 0),
+    ]
+    work = whole_work(tiles)
+    assert [Tile(*row) for row in work[:, :6].tolist()] == tiles
+    assert work.dtype == np.int32
+    assert plan_tiles([], 4) == []
+    assert whole_work([]).shape == (0, 8)
 
 
-@pytest.mark.parametrize("chunks", [[(2, 1, 0), (0, 1, 0)], [(0, 2, 0), (1, 1, 0)], [(0, 0, 5)]])
-def test_chunks_out_of_order_are_refused(chunks: list[tuple[int, int, int]]) -> None:
-    """The kernels look rows up in ascending order."""
+def test_each_tile_has_the_splits_that_its_last_row_needs() -> None:
+    """With the pages of their keys, and in reach of the query heads that they are for."""
+    pages = np.array([[9, 8, 7], [4, 5, 6]], np.int32)
+    tiles = plan_tiles([Span(1, 2, 127, 1), Span(4, 1, 5, 0)], group=9)
+    assert [tile.n_splits for tile in tiles] == [2, 2, 1]
+    items, heads = split_work(tiles, pages, 9, 5)
+    assert [tuple(row) for row in items[:, :5].tolist()] == [tiles[i][:5] for i in (0, 0, 1, 1, 2)]
+    assert items[:, 5].tolist() == [0, 1, 0, 1, 0]
+    assert items[[0, 2, 4], 6:].tolist() == [[4, 5], [4, 5], [9, 8]]
+    assert items[[1, 3], 6:].tolist() == [[6, 0], [6, 0]]
+    assert heads[1:3].tolist() == [list(range(9)), [9, 10, 11, 12, 13, 14, 15, 32, 33]]
+    assert heads[4].tolist() == list(range(64, 73))
+    assert (heads[[0, 3]] == -1).all()
+    assert items.dtype == heads.dtype == np.int32
+
+
+@pytest.mark.parametrize("chunks", [[(2, 1), (0, 1)], [(0, 2), (1, 1)], [(0, 0)]])
+def test_chunks_out_of_order_are_refused(chunks: list[tuple[int, int]]) -> None:
     with pytest.raises(ValueError, match="ascend"):
-        plan_tiles(chunks, 4)
+        plan_tiles([Span(row, n, 0, 0) for row, n in chunks], 4)
 
 
 @pytest.mark.parametrize("kind", CACHE_KINDS)

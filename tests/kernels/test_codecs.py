@@ -155,12 +155,15 @@ def test_extreme_blocks_decode_the_same(device: Device, quant: QuantType) -> Non
 
 @names
 def test_embedding_takes_rows_of_the_table(device: Device, quant: QuantType) -> None:
-    """Each row of the step gets its token's row of the table, and rows beyond the step are left alone."""
+    """Each row of the step gets its token's row of the table, or the chosen one's; rows beyond it are left alone."""
     k = lengths(quant)[1]
     raw = random_rows(quant, 35, k)
     tokens = np.array([34, 0, 17, 17, 1], np.int32)
     x = poisoned(device, (len(tokens), k), np.float32)
-    weights.embed(device, step_of(device, 4), upload(device, tokens), repacked(device, quant, raw, 1, k), x)
+    given, chosen = tokens.copy(), np.full(5, 3, np.int32)
+    given[2], chosen[2] = -1, tokens[2]
+    table = repacked(device, quant, raw, 1, k)
+    weights.embed(device, step_of(device, 4), upload(device, given), upload(device, chosen), table, x)
     values = download(device, x)
     assert_same_bits(values[:4], expected_rows(quant, raw)[tokens[:4]])
     assert is_poison(values[4:])

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from shared.engine.numpy import ops
+from shared.kernels.activations import Activations
 from shared.kernels.device import Device
-from shared.kernels.experts import Groups, dense_groups, expert_scores, select_experts
+from shared.kernels.experts import (
+    Groups,
+    Handover,
+    PlainRows,
+    expert_scores,
+    norm_scores_select,
+    norm_scores_select_name,
+    select_experts,
+)
+from shared.kernels.norm import add_norm
 from tests.kernels.arrays import Array, assert_same_bits, download, is_poison, poisoned, step_of, upload
 
 ROWS = [1, 2, 3, 8, 16, 17, 31, 32, 33]
@@ -54,7 +64,7 @@ def test_scores_are_the_same_alone_and_in_a_batch(device: Device, k: int) -> Non
 
 @dataclass(frozen=True)
 class Selection:
-    """ids, weights [rows, n_used]; pairs [rows * n_used]; groups [n, 3]: expert, first, count."""
+    """ids, weights [rows, n_used]; pairs [n, rows_per_group]; groups [n, 2]: expert, count."""
 
     ids: Array
     weights: Array
@@ -79,7 +89,7 @@ def run_select(
     groups = poisoned_groups(device, rows + SPARE, rows_per_group, n_used, n_expert)
     step, scores_there = step_of(device, rows), upload(device, padded)
     select_experts(device, step, scores_there, normalize, scale, ids, weights, groups, rows + SPARE)
-    pairs, table = read_groups(device, groups, rows * n_used)
+    pairs, table = read_groups(device, groups)
     all_ids, all_weights = download(device, ids), download(device, weights)
     assert is_poison(all_ids[rows:])
     assert is_poison(all_weights[rows:])
@@ -93,28 +103,27 @@ def poisoned_groups(device: Device, *arguments: int) -> Groups:
     return groups
 
 
-def read_groups(device: Device, groups: Groups, n_pairs: int) -> tuple[Array, Array]:
-    """The pairs, and the groups [n, 3]: expert, first, count; what lies behind both must be untouched."""
+def read_groups(device: Device, groups: Groups) -> tuple[Array, Array]:
+    """The pairs, and the groups [n, 2]: expert, count; behind them there are no pairs, and the table is untouched."""
     pairs, table = download(device, groups.pairs), download(device, groups.table)
     n = int(table[0])
-    columns = table[1:].reshape(3, groups.max_groups)
+    columns = table[1:].reshape(2, groups.max_groups)
     assert n <= groups.max_groups
-    assert is_poison(pairs[n_pairs:])
+    assert (pairs[n:] == -1).all()
     assert is_poison(columns[:, n:])
-    return pairs[:n_pairs], columns[:, :n].T
+    return pairs[:n], columns[:, :n].T
 
 
 def expected_groups(ids: Array, rows_per_group: int) -> tuple[Array, Array]:
     chosen = ids.reshape(-1)
-    pairs = np.argsort(chosen, kind="stable")
-    groups = []
-    first = 0
+    pairs, groups = [], []
     for expert in np.unique(chosen):
-        end = first + int((chosen == expert).sum())
-        for at in range(first, end, rows_per_group):
-            groups.append((expert, at, min(rows_per_group, end - at)))
-        first = end
-    return pairs, np.array(groups)
+        own = np.flatnonzero(chosen == expert)
+        for at in range(0, len(own), rows_per_group):
+            group = own[at : at + rows_per_group]
+            pairs.append(np.pad(group, (0, rows_per_group - len(group)), constant_values=-1))
+            groups.append((expert, len(group)))
+    return np.array(pairs), np.array(groups)
 
 
 def assert_selection(
@@ -195,7 +204,7 @@ def test_an_expert_of_all_rows_is_cut_into_groups(device: Device) -> None:
     scores[:, 4] = -10
     selection = run_select(device, scores, 2, rows_per_group=8)
     assert_selection(selection, scores)
-    experts, counts = selection.groups[:, 0], selection.groups[:, 2]
+    experts, counts = selection.groups[:, 0], selection.groups[:, 1]
     assert counts[experts == 3].tolist() == [8, 8, 8, 8, 1]
     assert 4 not in experts
     assert len(run_select(device, scores, 2, rows_per_group=1).groups) == 66
@@ -222,12 +231,206 @@ def test_a_broken_model_selects_some_experts(device: Device) -> None:
     assert np.isnan(selection.weights[:, 0]).all()
 
 
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("rows", [0, 1, 8, 17, 33])
-def test_dense_groups(device: Device, rows: int, which: int) -> None:
-    """A plain matrix is expert 0, which has the rows in order: of the step, or of the wanted logits."""
-    groups = poisoned_groups(device, 40, 8)
-    dense_groups(device, step_of(device, *((rows, 5) if which == 0 else (5, rows))), which, groups)
-    pairs, table = read_groups(device, groups, rows)
-    assert pairs.tolist() == list(range(rows))
-    assert table.tolist() == [[0, at, min(8, rows - at)] for at in range(0, rows, 8)]
+def test_the_widest_selection(device: Device) -> None:
+    """The most experts and slots: candidates of all slots and lanes, of several rows of a warp."""
+    scores = random_scores(17, 512)
+    # All of the best are in half of the lanes, so that every key of theirs is a candidate.
+    scores[0] = np.where(np.arange(512) % 32 < 16, 100, 0) + np.arange(512) // 32
+    assert_selection(run_select(device, scores, 16), scores)
+
+
+def test_one_expert_per_row(device: Device) -> None:
+    """n_used 1, and fewer experts than lanes."""
+    for rows in (1, 5, 33):
+        scores = random_scores(rows, 3)
+        assert_selection(run_select(device, scores, 1), scores)
+
+
+def test_plain_rows_round_up(device: Device) -> None:
+    """Groups of a plain matrix."""
+    count = step_of(device, 5).view(0, (1,))
+    assert [PlainRows(count, rows, 8).max_groups for rows in (1, 8, 9, 33)] == [1, 1, 2, 5]
+
+
+# --- one kernel for a few rows ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """x, part [rows, n_embd], norm_weight [n_embd], gate [n_expert, n_embd]."""
+
+    x: Array
+    part: Array
+    norm_weight: Array
+    gate: Array
+
+    @classmethod
+    def random(cls, rows: int, n_embd: int, n_expert: int) -> Step:
+        rng = np.random.default_rng(rows * n_embd + n_expert)
+        return cls(
+            x=rng.normal(0, 3, (rows, n_embd)).astype(np.float32),
+            part=rng.normal(0, 1, (rows, n_embd)).astype(np.float32),
+            norm_weight=rng.normal(1, 0.3, n_embd).astype(np.float32),
+            gate=rng.normal(0, 2 / n_embd**0.5, (n_expert, n_embd)).astype(np.float32),
+        )
+
+
+class Stepping:
+    """A step's buffers, with room for max_rows rows."""
+
+    def __init__(self, device: Device, step: Step, max_rows: int, n_used: int, rows_per_group: int) -> None:
+        self.device, self.rows, self.max_rows = device, len(step.x), max_rows
+        n_expert, n_embd = step.gate.shape
+        self.step = step_of(device, self.rows)
+        self.x, self.part = (poisoned(device, (max_rows, n_embd), "float32") for _ in range(2))
+        device.write(self.x.view(0, step.x.shape), step.x)
+        device.write(self.part.view(0, step.part.shape), step.part)
+        self.norm_weight, self.gate = upload(device, step.norm_weight), upload(device, step.gate)
+        self.x_out, self.h = (poisoned(device, (max_rows, n_embd), "float32") for _ in range(2))
+        self.out = Activations.empty(device, max_rows, n_embd)
+        for buffer in (self.out.q, self.out.scale, self.out.sums):
+            device.fill(buffer, 0xA5)
+        self.ids = poisoned(device, (max_rows, n_used), "int32")
+        self.weights = poisoned(device, (max_rows, n_used), "float32")
+        self.groups = poisoned_groups(device, max_rows, rows_per_group, n_used, n_expert)
+        self.handover = Handover.empty(device, max_rows, n_expert)
+
+    def fused(self, with_h: bool = True) -> None:
+        norm_scores_select(
+            self.device,
+            self.step,
+            self.x,
+            self.x_out,
+            self.part,
+            self.norm_weight,
+            1e-6,
+            self.h if with_h else None,
+            self.out,
+            self.gate,
+            True,
+            2.5,
+            self.handover,
+            self.ids,
+            self.weights,
+            self.groups,
+            self.max_rows,
+        )
+
+    def unfused(self) -> None:
+        """The result of x in x."""
+        device, step, rows = self.device, self.step, self.max_rows
+        add_norm(device, step, self.x, self.part, None, 1, self.norm_weight, 1e-6, self.h, self.out, rows)
+        scores = poisoned(device, (rows, self.gate.shape[0]), "float32")
+        expert_scores(device, step, self.h, self.gate, scores, rows)
+        select_experts(device, step, scores, True, 2.5, self.ids, self.weights, self.groups, rows)
+
+    def results(self) -> list[Array]:
+        """What both ways write, apart from x."""
+        out, groups = self.out, self.groups
+        buffers = (self.h, out.q, out.scale, out.sums, self.ids, self.weights, groups.pairs, groups.table)
+        return [download(self.device, buffer) for buffer in buffers]
+
+    def assert_handed_over(self) -> None:
+        assert (download(self.device, self.handover.scores) == 0xFFFFFFFF).all()
+        assert download(self.device, self.handover.counter) == 0
+
+
+FUSED = [
+    # rows, max_rows, n_embd, n_expert, n_used: each kind of block, several rounds, parts of rounds and of blocks.
+    (1, 1, 2048, 128, 8),
+    (1, 4, 576, 40, 4),
+    (3, 4, 2336, 10, 2),
+    (0, 8, 576, 40, 4),
+    (5, 8, 256, 33, 16),
+    (8, 8, 32, 8, 8),
+    (9, 16, 576, 40, 4),
+    (13, 13, 2336, 6, 2),
+    (16, 16, 288, 64, 1),
+    (17, 32, 576, 40, 4),
+    (32, 32, 2336, 12, 2),
+    (2, 32, 6176, 5, 2),
+    (3, 12, 8224, 5, 2),
+]
+
+
+@pytest.mark.parametrize(("rows", "max_rows", "n_embd", "n_expert", "n_used"), FUSED)
+def test_one_kernel_gives_the_same_bits(
+    device: Device, rows: int, max_rows: int, n_embd: int, n_expert: int, n_used: int
+) -> None:
+    """Everything that the three kernels write, to the last bit, and nothing else; x stays as it was."""
+    step = Step.random(rows, n_embd, n_expert)
+    one, three = (Stepping(device, step, max_rows, n_used, 8) for _ in range(2))
+    one.fused()
+    three.unfused()
+    for array, expected in zip(one.results(), three.results(), strict=True):
+        assert_same_bits(array, expected)
+    assert_same_bits(download(device, one.x_out)[:rows], download(device, three.x)[:rows])
+    assert is_poison(download(device, one.x_out)[rows:])
+    assert_same_bits(download(device, one.x)[:rows], step.x)
+    one.assert_handed_over()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["gpu"], indirect=True)
+@pytest.mark.parametrize("n_embd", [2048, 4096, 7168, 16384])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 31, 32])
+def test_one_kernel_of_models(device: Device, rows: int, n_embd: int) -> None:
+    """The widths of large models; again and again, as a graph replays it."""
+    step = Step.random(rows, n_embd, 256)
+    one, three = (Stepping(device, step, rows, 8, 32) for _ in range(2))
+    three.unfused()
+    expected = three.results()
+    for _ in range(50):
+        one.fused()
+    for array, other in zip(one.results(), expected, strict=True):
+        assert_same_bits(array, other)
+    one.assert_handed_over()
+
+
+def test_one_kernel_replays(device: Device) -> None:
+    """A graph that runs it on new rows each time, of changing number, without h."""
+    first, second = Step.random(3, 576, 40), Step.random(7, 576, 40)
+    one = Stepping(device, first, 8, 4, 8)
+    graph = device.capture(lambda: one.fused(with_h=False))
+    for step in (first, second, first):
+        three = Stepping(device, step, 8, 4, 8)
+        three.unfused()
+        device.write(one.step.view(0, (1,)), np.array([len(step.x)], np.int32))
+        device.write(one.x.view(0, step.x.shape), step.x)
+        device.write(one.part.view(0, step.part.shape), step.part)
+        for name in ("norm_weight", "gate"):
+            device.write(getattr(one, name), getattr(step, name))
+        graph.replay()
+        _, *arrays = one.results()
+        _, *expected = three.results()
+        for array, other in zip(arrays[:-2], expected[:-2], strict=True):
+            assert_same_bits(array[: len(step.x)], other[: len(step.x)])
+        assert_same_bits(arrays[-2], expected[-2])
+        assert arrays[-1][0] == expected[-1][0]
+        one.assert_handed_over()
+    assert is_poison(download(device, one.h))
+
+
+def test_one_kernel_takes_broken_rows(device: Device) -> None:
+    """NaN and infinities of one row end there, and do not keep anybody waiting."""
+    step = Step.random(3, 576, 40)
+    step.x[1, 5] = np.nan
+    step.x[2, 7] = np.inf
+    one, three = (Stepping(device, step, 4, 4, 8) for _ in range(2))
+    # A NaN of the bits that mean: not yet.
+    device.write(one.x.view(576 * 4, (1,), "uint32"), np.array([0xFFFFFFFF], np.uint32))
+    one.fused()
+    three.unfused()
+    ids, groups = download(device, one.ids), read_groups(device, one.groups)
+    np.testing.assert_array_equal(ids, download(device, three.ids))
+    np.testing.assert_array_equal(groups[0], read_groups(device, three.groups)[0])
+    assert_same_bits(download(device, one.weights)[0], download(device, three.weights)[0])
+    assert np.isnan(download(device, one.weights)[1:3]).all()
+    one.assert_handed_over()
+
+
+def test_kernels_of_sizes() -> None:
+    """Which instances there are, for who compiles them early."""
+    names = [norm_scores_select_name(2048, 128, rows) for rows in (1, 4, 8, 16, 32)]
+    assert names == [f"norm_scores_select<1, 4, {block}>" for block in ("4, 1", "4, 1", "8, 1", "8, 2", "8, 4")]
+    assert norm_scores_select_name(7168, 256, 32) == "norm_scores_select<4, 8, 8, 2>"

@@ -9,9 +9,11 @@ import pytest
 
 from shared.kernels.activations import Activations
 from shared.kernels.device import Device
-from shared.kernels.experts import Groups, dense_groups
+from shared.kernels.experts import Groups
 from shared.kernels.matmul import (
     COLUMNS,
+    PlainRows,
+    can_quantize,
     columns_for,
     gate_up,
     gate_up_name,
@@ -62,22 +64,23 @@ class Rows:
         return self.floats.astype(np.float64) if matrix.tiles.codec.dense else self.rounded
 
 
-def plain(device: Device, rows: int) -> Groups:
-    groups = Groups.empty(device, rows, columns_for(rows))
-    dense_groups(device, step_of(device, rows), 0, groups)
-    return groups
+def plain(device: Device, rows: int) -> PlainRows:
+    return PlainRows(step_of(device, rows).view(0, (1,)), rows)
 
 
 def chosen(device: Device, ids: Array, columns: int, n_expert: int) -> Groups:
     """The groups of rows that go through the experts ids [rows, n_used]."""
     rows, n_used = ids.shape
     groups = Groups.empty(device, rows, columns, n_used, n_expert)
-    pairs = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
-    table = np.zeros((3, groups.max_groups), np.int32)
+    order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
+    table = np.zeros((2, groups.max_groups), np.int32)
+    pairs = np.full((groups.max_groups, columns), -1, np.int32)
     n = at = 0
     for expert, count in zip(*np.unique(ids, return_counts=True), strict=True):
-        for first in range(0, count, columns):
-            table[:, n] = expert, at + first, min(columns, count - first)
+        for first in range(at, at + count, columns):
+            part = order[first : min(first + columns, at + count)]
+            table[:, n] = expert, len(part)
+            pairs[n, : len(part)] = part
             n += 1
         at += count
     device.write(groups.pairs, pairs)
@@ -92,10 +95,20 @@ def assert_close(actual: Array, expected: Array, tolerance: float = 2e-6) -> Non
     assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
 
 
-def run(device: Device, matrices: list[Matrix], rows: Rows, groups: Groups, n_pairs: int, n_used: int = 0) -> Array:
+def run(
+    device: Device,
+    matrices: list[Matrix],
+    rows: Rows,
+    groups: Groups | PlainRows,
+    n_pairs: int,
+    n_used: int = 0,
+    *,
+    quantized: bool = True,
+) -> Array:
     n = sum(m.tiles.n_rows for m in matrices)
     out = poisoned(device, (n_pairs + 1, n), "float32")
-    matmul(device, [m.tiles for m in matrices], groups, rows.quantized, rows.on_device, out, n_used=n_used)
+    x = rows.quantized if quantized else None
+    matmul(device, [m.tiles for m in matrices], groups, x, rows.on_device, out, n_used=n_used)
     result = download(device, out)
     assert is_poison(result[n_pairs:])
     return result[:n_pairs]
@@ -196,6 +209,23 @@ def test_experts_rows_are_the_same_in_any_group(device: Device) -> None:
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.parametrize("quant", [types.Q4_K, types.Q6_K, types.Q8_0], ids=lambda q: q.name)
+@pytest.mark.parametrize("k", [256, 768, 2048])
+def test_rows_quantized_on_the_way_give_the_same_bits(device: Device, quant: QuantType, k: int) -> None:
+    """For plain matrices and for experts, with rows that a group's columns do not fill."""
+    matrix, x = Matrix(device, quant, 32, k), Rows(device, 5, k)
+    assert can_quantize(matrix.tiles, plain(device, 5))
+    assert not can_quantize(matrix.tiles, plain(device, 9))
+    assert_same_bits(
+        run(device, [matrix], x, plain(device, 5), 5), run(device, [matrix], x, plain(device, 5), 5, quantized=False)
+    )
+    ids = expert_case(3, 6, 3)
+    stack, x = Matrix(device, quant, 6, 32, k), Rows(device, 9, k)
+    groups = chosen(device, ids, 8, 6)
+    before = run(device, [stack], x, groups, 9, n_used=3)
+    assert_same_bits(before, run(device, [stack], x, groups, 9, n_used=3, quantized=False))
+
+
 def test_how_a_row_is_split_follows_from_the_shape() -> None:
     """Few tiles are split among more warps, but never into more parts than a row has superblocks."""
     assert n_splits(9496, 8, 8) == 1
@@ -208,6 +238,6 @@ def test_how_a_row_is_split_follows_from_the_shape() -> None:
 def test_names_of_instances(device: Device) -> None:
     """A template argument for each of three matrices, the last repeated."""
     a, b = Matrix(device, types.Q4_K, 16, 256).tiles, Matrix(device, types.Q6_K, 16, 256).tiles
-    assert matmul_name([a, b], 8) == "matmul<Q4K, Q6K, Q6K, 8>"
-    assert matmul_name([a], 64) == "matmul<Q4K, Q4K, Q4K, 64>"
+    assert matmul_name([a, b], 8) == "matmul<Q4K, Q6K, Q6K, 8, false>"
+    assert matmul_name([a], 64) == "matmul<Q4K, Q4K, Q4K, 64, false>"
     assert gate_up_name(a, b, 16) == "gate_up<Q4K, Q6K, 16>"

@@ -60,12 +60,15 @@ def run_add_norm(device: Device, inputs: Inputs, *, weighted: bool = True) -> Ou
     device.write(x.view(0, (rows, k)), inputs.x)
     h, out = poisoned(device, (rows + SPARE, k), "float32"), poisoned_activations(device, rows + SPARE, k)
     n_parts = inputs.parts.shape[1]
+    spare = np.full((SPARE, n_parts, k), np.nan, np.float32)
+    parts = np.concatenate([inputs.parts, spare])
+    part_weights = np.concatenate([inputs.part_weights, spare[:, :, 0]])
     add_norm(
         device,
         step_of(device, rows),
         x,
-        upload(device, inputs.parts) if n_parts else None,
-        upload(device, inputs.part_weights) if n_parts and weighted else None,
+        upload(device, parts) if n_parts else None,
+        upload(device, part_weights) if n_parts and weighted else None,
         n_parts,
         upload(device, inputs.norm_weight),
         EPS,
@@ -222,3 +225,13 @@ def test_quantize_of_extreme_values(device: Device) -> None:
     assert scale[2] == np.inf
     assert (q[:768] == 0).all()
     assert (q[768:] == 127).all()
+
+
+@pytest.mark.parametrize("peak", [1e-29, 1e-10, 3.0, 1e20, 3.4e38])
+def test_quantize_is_exact_at_any_size(device: Device, peak: float) -> None:
+    """Quotients are rounded as a division rounds them, up to the largest floats."""
+    x = (np.random.default_rng(0).uniform(-1, 1, (8, 2048)) * peak).astype(np.float32)
+    out = poisoned_activations(device, 8, 2048)
+    quantize(device, step_of(device, 8), 1, upload(device, x), out, 8)
+    for buffer, expected in zip((out.q, out.scale, out.sums), quantized(x), strict=True):
+        np.testing.assert_array_equal(download(device, buffer), expected)

@@ -13,9 +13,9 @@ import structlog
 
 from shared.engine.cuda.logits import CudaLogits
 from shared.engine.cuda.pages import PAGE_TOKENS, PageTable
-from shared.engine.cuda.passes import Passes
+from shared.engine.cuda.passes import MAX_CHAIN, Passes
 from shared.engine.cuda.weights import LoadingLog, device_bytes, load_weights
-from shared.engine.interface import Chunk, EngineInfo, EngineSettings
+from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
 from shared.engine.slots import check_chunks, check_prefix
 from shared.errors import EngineError
 from shared.kernels.attention import CACHE_KINDS, HEAD_DIMS, CacheLayout
@@ -26,6 +26,8 @@ from shared.kernels.norm import MAX_EMBD
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile, vocabulary_fingerprint
 from shared.model.names import resolve_model
+from shared.sampling.filters import changes_logits
+from shared.sampling.params import SamplingParams
 
 _DEFAULT_MAX_CTX = 4096
 _GIB = 1 << 30
@@ -122,20 +124,9 @@ class CudaEngine:
 
     def forward(self, chunks: Sequence[Chunk]) -> CudaLogits:
         passes = self._check(chunks)
-        copies = []
-        for chunk in chunks:
-            end = chunk.start + len(chunk.tokens)
-            self._pages.truncate(chunk.slot, end)
-            copies += self._pages.ensure(chunk.slot, chunk.start, end)
-        if self._pages.changed:
-            passes.write_pages(self._pages.table)
-            self._pages.changed = False
-        if copies:
-            passes.copy_pages(copies)
-        rows = passes.run(chunks)
-        for chunk in chunks:
-            self._lengths[chunk.slot] = chunk.start + len(chunk.tokens)
-        self._computed += 1
+        self._make_room(passes, chunks, 0)
+        rows = passes.run(chunks, self._pages.table)
+        self._extend(chunks, 0)
         this = self._computed
 
         def check() -> None:
@@ -144,8 +135,46 @@ class CudaEngine:
 
         return CudaLogits(rows, sum(chunk.rows for chunk in chunks), self._info.n_vocab, check)
 
-    def _check(self, chunks: Sequence[Chunk]) -> Passes:
-        """Refuse a batch that breaks the interface's rules or finds no room, before anything is changed."""
+    @property
+    def max_proposals(self) -> int:
+        return MAX_CHAIN
+
+    def can_propose(self, params: SamplingParams) -> bool:
+        return params.acceptance == "coupled" and not changes_logits(params)
+
+    def propose(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams], n: int) -> Proposed:
+        if not 1 <= n <= MAX_CHAIN or any(chunk.rows != 1 for chunk in chunks) or len(params) != len(chunks):
+            raise EngineError(f"proposals take 1 to {MAX_CHAIN} tokens and a row of each chunk", code="bad_rows")
+        if not all(self.can_propose(p) for p in params):
+            raise EngineError("tokens are proposed greedily or coupled, without bias or penalties", code="bad_params")
+        passes = self._check(chunks, n - 1)
+        self._make_room(passes, chunks, n - 1)
+        proposed = passes.propose(chunks, self._pages.table, params, n)
+        self._extend(chunks, n - 1)
+        return proposed
+
+    def _make_room(self, passes: Passes, chunks: Sequence[Chunk], more: int) -> None:
+        """Give each slot pages for its chunk and `more` tokens, or refuse and change nothing."""
+        copies = self._pages.prepare([(c.slot, c.start, c.start + len(c.tokens) + more) for c in chunks])
+        if self._pages.changed:
+            passes.write_pages(self._pages.table)
+            self._pages.changed = False
+        if copies:
+            passes.copy_pages(copies)
+        for chunk in chunks:
+            self._lengths[chunk.slot] = chunk.start
+
+    def _extend(self, chunks: Sequence[Chunk], more: int) -> None:
+        """Count a pass's tokens: not before it has been asked for, so that one that fails leaves what was computed."""
+        self._computed += 1
+        for chunk in chunks:
+            self._lengths[chunk.slot] = chunk.start + len(chunk.tokens) + more
+
+    def _check(self, chunks: Sequence[Chunk], more: int = 0) -> Passes:
+        """Refuse a batch that breaks the interface's rules or finds no room, before anything is changed.
+
+        more: tokens that follow each chunk.
+        """
         passes = self._open()
         check_chunks(chunks, self._lengths, self._info.n_ctx, self._info.n_batch)
         for chunk in chunks:
@@ -155,13 +184,13 @@ class CudaEngine:
                     f"token id {low if low < 0 else high} is outside the vocabulary of {self._info.n_vocab}",
                     code="bad_token",
                 )
-        needed = sum(self._pages.pages_needed(c.slot, c.start, c.start + len(c.tokens)) for c in chunks)
-        if needed > self._pages.n_free:
-            raise EngineError(
-                f"the batch needs {needed} pages of {PAGE_TOKENS} tokens, the KV pool has {self._pages.n_free} free",
-                "end or shorten sessions, or raise kv_pages",
-                "out_of_pages",
-            )
+        for chunk in chunks:
+            if chunk.start + len(chunk.tokens) + more > self._info.n_ctx:
+                raise EngineError(
+                    f"slot {chunk.slot} has no room for {more} tokens after its chunk",
+                    "ask for fewer",
+                    "context_exceeded",
+                )
         return passes
 
     def _open(self) -> Passes:

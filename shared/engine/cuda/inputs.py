@@ -1,7 +1,9 @@
 """What a pass is told: one small int32 array, written by the host and copied to the device at once.
 
 The layout is fixed by a pass's capacity, so that a captured graph finds everything at the same address. Kernels know
-the header: [0] rows, [1] wanted rows, [2] query tiles, [3] work items of attention (splits, for one key-value head).
+the header: [0] rows, [1] wanted rows, [2] attention's work: query tiles, or their splits.
+
+Invariant: only copies write it, and none while a pass runs, since kernels read it before those ahead of them are done.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.engine.interface import Chunk
-from shared.kernels.attention import TILE_ROWS, Query, plan_tiles
+from shared.kernels.attention import (
+    PAGE_TOKENS,
+    TILE_ROWS,
+    WORK_INTS,
+    Query,
+    Span,
+    n_splits,
+    plan_tiles,
+    split_work,
+    whole_work,
+)
 from shared.kernels.device import Buffer, Device
 
 _HEADER = 8
@@ -26,41 +38,66 @@ def max_tiles(rows: int, group: int, n_slots: int) -> int:
 class Inputs:
     """Room for a pass of `rows` rows and `outs` wanted ones, on the host and on the device.
 
-    step, tokens, positions, slots, out_rows: views of the device's array. query: what attention asks for.
+    step, tokens, positions, cells, out_rows: views of the device's array. query: what attention asks for.
+
+    Args:
+        group: query heads of a key-value head.
+        max_items: the most splits of a pass that attends in splits; 0: the pass attends whole.
+        pages: the page table, for attention. q: its queries.
     """
 
-    def __init__(self, device: Device, rows: int, outs: int, tiles: int, pages: Buffer, q: Buffer) -> None:
-        sizes = [_HEADER, rows, rows, rows, max(1, outs), tiles, tiles, tiles, tiles + 1]
+    def __init__(
+        self, device: Device, rows: int, outs: int, group: int, max_items: int, pages: Buffer, q: Buffer
+    ) -> None:
+        n_slots, max_pages = pages.shape
+        tiles = max_tiles(rows, group, n_slots)
+        self._group, self._split = group, max_items > 0
+        work = min(max_items, tiles * n_splits(max_pages * PAGE_TOKENS)) if self._split else tiles
+        sizes = [_HEADER, rows, rows, rows, max(1, outs), rows * group if self._split else 0, work * WORK_INTS]
         # Every view starts at a multiple of 16 bytes.
         starts = np.concatenate([[0], np.cumsum([-(-size // 4) * 4 for size in sizes])])
         self.host = device.staging((int(starts[-1]),), np.int32)
         self.buffer = device.zeros(self.host.shape, np.int32)
         self._host = [self.host[a : a + n] for a, n in zip(starts[:-1].tolist(), sizes, strict=True)]
         views = [self.buffer.view(4 * a, (n,)) for a, n in zip(starts[:-1].tolist(), sizes, strict=True)]
-        self.step, self.tokens, self.positions, self.slots, self.out_rows, *tile_views = views
-        row, first, count, item = tile_views
-        self.query = Query(self.step, self.positions, self.slots, pages, (row, first, count, item), q)
+        self.step, self.tokens, self.positions, self.cells, self.out_rows, heads, items = views
+        self.query = Query(
+            self.step,
+            self.positions,
+            pages,
+            items.view(0, (work, WORK_INTS)),
+            heads.view(0, (rows, group)) if self._split else None,
+            q,
+        )
 
-    def fill(self, chunks: Sequence[Chunk], group: int) -> int:
-        """Describe a batch; the number of attention's work items (for one key-value head).
+    def fill(self, chunks: Sequence[Chunk], pages: npt.NDArray[np.int32]) -> bool:
+        """Describe a batch; False if it has more splits than there is room for.
 
-        group: query heads of a key-value head.
+        pages: the page table, with the pages that the batch writes.
         """
-        header, tokens, positions, slots, out_rows, *tile_arrays = self._host
+        header, tokens, positions, cells, out_rows, heads, work = self._host
         at = n_out = 0
-        spans = []
+        spans: list[Span] = []
+        slots: list[int] = []
         for chunk in chunks:
             n = len(chunk.tokens)
             tokens[at : at + n] = chunk.tokens
             positions[at : at + n] = np.arange(chunk.start, chunk.start + n)
-            slots[at : at + n] = chunk.slot
             out_rows[n_out : n_out + chunk.rows] = np.arange(at + n - chunk.rows, at + n)
-            spans.append((at, n, chunk.start))
+            spans.append(Span(at, n, chunk.start, chunk.slot))
+            slots += [chunk.slot] * n
             at += n
             n_out += chunk.rows
-        plan = plan_tiles(spans, group)
-        planned: list[npt.NDArray[np.int32]] = [plan.tile_row, plan.tile_first, plan.tile_count, plan.tile_item]
-        for target, values in zip(tile_arrays, planned, strict=True):
-            target[: len(values)] = values
-        header[:4] = at, n_out, plan.n_tiles, plan.n_items
-        return plan.n_items
+        placed = positions[:at]
+        cells[:at] = pages[slots, placed // PAGE_TOKENS] * PAGE_TOKENS + placed % PAGE_TOKENS
+        tiles = plan_tiles(spans, self._group)
+        if self._split:
+            if sum(tile.n_splits for tile in tiles) * WORK_INTS > len(work):
+                return False
+            planned, places = split_work(tiles, pages, self._group, at)
+            heads[: places.size] = places.ravel()
+        else:
+            planned = whole_work(tiles)
+        work[: planned.size] = planned.ravel()
+        header[:3] = at, n_out, len(planned)
+        return True

@@ -71,6 +71,9 @@ class CudaLogits:
 
     def dense(self, row: int) -> Float32:
         self._wait()
+        # The device has room for more rows than were wanted.
+        if not 0 <= row < self._n_rows:
+            raise IndexError(f"row {row} of {self._n_rows}")
         return self._rows.dense(row)
 
     def _wait(self) -> tuple[Int32, Float32, npt.NDArray[np.float64]]:

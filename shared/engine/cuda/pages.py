@@ -6,6 +6,8 @@ name it; a page is written only by a slot that alone refers to it (`ensure` hand
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -70,6 +72,43 @@ class PageTable:
             self._references[self.table[slot, i]] = 1
             self.changed = True
         return copies
+
+    def prepare(self, spans: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """Let the slots of a batch hold what it writes, and no more.
+
+        All truncations come first, so that pages given back count for the batch, and no page is copied from and to.
+
+        Args:
+            spans: (slot, start, length), no slot twice: it will hold `length` tokens, written from `start` on.
+
+        Returns:
+            As `ensure`, for all of them; the copies may be made at once or in any order.
+
+        Raises:
+            EngineError: there are too few pages (code out_of_pages); nothing is changed then.
+        """
+        references = self._references.copy()
+        free, needed = len(self._free), 0
+        for slot, _, length in spans:
+            for page in self.table[slot, _pages(length) : self._held[slot]].tolist():
+                references[page] -= 1
+                free += references[page] == 0
+        for slot, start, length in spans:
+            held = min(self._held[slot], _pages(length))
+            needed += _pages(length) - held
+            for page in self.table[slot, start // PAGE_TOKENS : held].tolist():
+                if references[page] > 1:
+                    references[page] -= 1
+                    needed += 1
+        if needed > free:
+            raise EngineError(
+                f"the batch needs {needed} pages of {PAGE_TOKENS} tokens, the KV pool has {free} free",
+                "end or shorten sessions, or raise kv_pages",
+                "out_of_pages",
+            )
+        for slot, _, length in spans:
+            self.truncate(slot, length)
+        return [pair for span in spans for pair in self.ensure(*span)]
 
     def truncate(self, slot: int, length: int) -> None:
         """Give back the pages of a slot that its first `length` tokens do not need."""

@@ -7,29 +7,37 @@ the device, so that one graph serves every batch that fits. Its arithmetic is th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.engine.cuda.inputs import Inputs, max_tiles
 from shared.engine.cuda.weights import LayerWeights, Weights
-from shared.engine.interface import Chunk, Float32, Int32
+from shared.engine.interface import Chunk, Float32, Int32, Proposed
 from shared.kernels import attention, experts, head, matmul, norm
 from shared.kernels.activations import Activations
 from shared.kernels.attention import PAGE_TOKENS, CacheLayout, KvLayer
+from shared.kernels.choose import CHOICE, choose
+from shared.kernels.choose import KERNEL as CHOOSE_KERNEL
 from shared.kernels.device import Buffer, Device, Graph
-from shared.kernels.experts import Groups
+from shared.kernels.experts import Groups, Handover
 from shared.kernels.head import Chunks
-from shared.kernels.weights import embed, embed_kernel
+from shared.kernels.matmul import PlainRows
+from shared.kernels.weights import Tiles, embed, embed_kernel
 from shared.model.config import ModelConfig, RopeStyle
 from shared.model.rope import rope_tables
+from shared.sampling.params import SamplingParams
 
 _SPLIT_ROWS = 32
 """Up to so many rows, attention's splits are computed by blocks of their own."""
 _SPLIT_BYTES = 256 << 20
 """Most memory for the splits' partial results; a batch that needs more takes the other way, with the same bits."""
 _GATHER = 1024
+PageNumbers = npt.NDArray[np.int32]
+"""A page table: [n_slots, max_pages]."""
+MAX_CHAIN = 16
+"""Most passes of a chain."""
 
 
 def capacity(n: int, most: int) -> int:
@@ -41,13 +49,13 @@ def capacity(n: int, most: int) -> int:
 class _Scratch:
     """What layers hand on to each other, for the largest batch; float32 unless said otherwise.
 
-    x: [rows, embd] residual stream. h: [rows, embd] normalized. qkv: [rows, heads * head_dim]. q: halves [rows, n_head,
-    head_dim]. mixed: [rows, n_head * head_dim] attention's output. projected: [rows, embd]. ff: [pairs, ff].
-    y: [pairs, embd] the experts' outputs. scores: [rows, n_expert]. ids int32, shares: [rows, n_used] chosen experts.
-    partials: attention's splits. *_q: quantized rows.
+    x, spare: [rows, embd] residual stream. h: [rows, embd] normalized. qkv: [rows, heads * head_dim]. q: halves
+    [rows, n_head, head_dim]. mixed: [rows, n_head * head_dim] attention's output. projected: [rows, embd].
+    ff: [pairs, ff]. y: [pairs, embd] the feed-forward's outputs. partials: attention's splits. *_q: quantized rows.
     """
 
     x: Buffer
+    spare: Buffer
     h: Buffer
     qkv: Buffer
     q: Buffer
@@ -55,13 +63,21 @@ class _Scratch:
     projected: Buffer
     ff: Buffer
     y: Buffer
-    scores: Buffer | None
-    ids: Buffer | None
-    shares: Buffer | None
+    experts: _Chosen | None
     partials: Buffer
     h_q: Activations
     mixed_q: Activations
     ff_q: Activations
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """Expert selection: scores [rows, n_expert]; ids int32 and shares [rows, n_used] of the chosen ones."""
+
+    scores: Buffer
+    ids: Buffer
+    shares: Buffer
+    handover: Handover
 
 
 class Passes:
@@ -94,7 +110,6 @@ class Passes:
         self._group = config.n_head // config.n_head_kv
         self._max_pages = -(-n_ctx // attention.PAGE_TOKENS)
         cos, sin = rope_tables(config.rope, weights.rope_factors, n_ctx)
-        cos, sin = rope_tables(config.rope, weights.rope_factors, n_ctx)
         self._cos, self._sin = self._upload(cos), self._upload(sin)
         self._pages = device.zeros((n_slots, -(-n_ctx // PAGE_TOKENS)), np.int32)
         # Zeros, since what is masked is multiplied with zero and must be finite.
@@ -105,11 +120,13 @@ class Passes:
         tiles = max_tiles(min(n_batch, _SPLIT_ROWS), self._group, n_slots)
         item_bytes = attention.item_bytes(layout)
         self._max_items = max(1, min(tiles * attention.n_splits(n_ctx), _SPLIT_BYTES // item_bytes))
-        self._pass_groups: dict[int, _PassGroups] = {}
+        self._groups: dict[int, Groups] = {}
         self._scratch = self._make_scratch()
         self._gather_ids = device.zeros((_GATHER,), np.int32)
         self._gathered = device.zeros((_GATHER,), np.float32)
-        self._passes: dict[tuple[int, int, bool], Pass] = {}
+        self._passes: dict[tuple[int, int, bool, bool], Pass] = {}
+        self._chains: dict[int, _Chain] = {}
+        self._fed = device.zeros((n_slots,), np.int32)
         self._heads: dict[int, _Head] = {}
 
     @staticmethod
@@ -126,7 +143,7 @@ class Passes:
         """Compile every kernel that passes of this model use."""
         self._device.prepare(self._kernels())
 
-    def write_pages(self, table: npt.NDArray[np.int32]) -> None:
+    def write_pages(self, table: PageNumbers) -> None:
         """Tell the device which pages slots have: [n_slots, max_pages]."""
         self._device.write(self._pages, table)
 
@@ -136,21 +153,35 @@ class Passes:
         attention.copy_pages(self._device, self._cache, self._layout, self._config.n_layer, self._n_pages, pairs)
         self._device.synchronize()
 
-    def run(self, chunks: Sequence[Chunk]) -> Pass:
-        """Start a pass over a batch that has been checked."""
-        rows = capacity(sum(len(chunk.tokens) for chunk in chunks), self._n_batch)
-        n_out = sum(chunk.rows for chunk in chunks)
-        outs = capacity(n_out, self._n_batch) if n_out else 0
+    def run(self, chunks: Sequence[Chunk], pages: PageNumbers) -> Pass:
+        """Start a pass over a batch that has been checked, with the page table that has room for it."""
         # The last pass may still be reading its inputs.
         self._device.synchronize()
-        split = rows <= _SPLIT_ROWS
-        chosen = self._pass(rows, outs, split)
-        n_items = chosen.inputs.fill(chunks, self._group)
-        if split and n_items > self._max_items:
-            chosen = self._pass(rows, outs, False)
-            chosen.inputs.fill(chunks, self._group)
+        chosen = self._fill(chunks, pages, False)
         chosen.start()
         return chosen
+
+    def propose(
+        self, chunks: Sequence[Chunk], pages: PageNumbers, params: Sequence[SamplingParams], n: int
+    ) -> Proposed:
+        """A chain of passes, whose first is over a batch that has been checked and wants a row of each chunk."""
+        self._device.synchronize()
+        chain = self._chain(capacity(len(chunks), self._n_slots))
+        for row, (chunk, p) in enumerate(zip(chunks, params, strict=True)):
+            position = chunk.start + len(chunk.tokens)
+            chain.host_choices[row] = (p.seed, p.temperature, p.top_p, p.min_p, p.top_k, position)
+        self._device.write(chain.choices, chain.host_choices)
+        for i in range(n):
+            chosen = self._fill(chunks, pages, True)
+            chosen.inputs.host[4] = i
+            chain.start(i, chosen)
+            fed = np.full(1, -1, np.int32)
+            chunks = [Chunk(chunk.slot, chunk.start + len(chunk.tokens), fed, 1) for chunk in chunks]
+        self._device.read(chain.host_history, chain.history)
+        self._device.read(chain.host_confidences, chain.confidences)
+        self._device.synchronize()
+        rows = len(chunks)
+        return Proposed(chain.host_history[:n, :rows].T.copy(), chain.host_confidences[:n, :rows].T.copy())
 
     def gather(self, logits: Buffer, row: int, ids: Int32) -> Float32:
         """Single logits of one row of a finished pass."""
@@ -164,33 +195,55 @@ class Passes:
         self._device.synchronize()
         return out
 
-    def _pass(self, rows: int, outs: int, split: bool) -> Pass:
-        key = rows, outs, split
+    def _fill(self, chunks: Sequence[Chunk], pages: PageNumbers, chained: bool) -> Pass:
+        """The pass that a batch takes, with its inputs filled."""
+        rows = capacity(sum(len(chunk.tokens) for chunk in chunks), self._n_batch)
+        n_out = sum(chunk.rows for chunk in chunks)
+        outs = capacity(n_out, self._n_slots if chained else self._n_batch) if n_out else 0
+        chosen = self._pass(rows, outs, rows <= _SPLIT_ROWS, chained)
+        if not chosen.inputs.fill(chunks, pages):
+            chosen = self._pass(rows, outs, False, chained)
+            chosen.inputs.fill(chunks, pages)
+        return chosen
+
+    def _pass(self, rows: int, outs: int, split: bool, chained: bool) -> Pass:
+        key = rows, outs, split, chained
         if key not in self._passes:
-            tiles = max_tiles(rows, self._group, self._n_slots)
-            inputs = Inputs(self._device, rows, outs, tiles, self._pages, self._scratch.q)
+            max_items = self._max_items if split else 0
+            inputs = Inputs(self._device, rows, outs, self._group, max_items, self._pages, self._scratch.q)
             if outs and outs not in self._heads:
                 self._heads[outs] = _Head(self._device, self._config, outs)
-            if rows not in self._pass_groups:
-                self._pass_groups[rows] = self._make_groups(rows)
-            self._passes[key] = Pass(self, inputs, rows, self._heads.get(outs), split)
+            if rows not in self._groups and self._config.n_expert:
+                self._groups[rows] = self._make_groups(rows)
+            chain = self._chain(outs) if chained else None
+            self._passes[key] = Pass(self, inputs, rows, self._heads.get(outs), split, chain)
         return self._passes[key]
+
+    def _chain(self, rows: int) -> _Chain:
+        if rows not in self._chains:
+            self._chains[rows] = _Chain(self._device, rows)
+        return self._chains[rows]
 
     # --- what a pass consists of -------------------------------------------------------------------------------------
 
-    def record(self, inputs: Inputs, rows: int, wanted: _Head | None, split: bool) -> None:
-        """Ask the device for everything that a pass does: `rows` at most, attention in splits or whole."""
+    def record(self, inputs: Inputs, rows: int, wanted: _Head | None, split: bool, chain: _Chain | None) -> None:
+        """Ask the device for everything that a pass does: `rows` at most, attention in splits or whole.
+
+        In a chain, inputs are copied in before the pass, and what comes out is the next tokens.
+        """
         device, weights, s = self._device, self._weights, self._scratch
-        device.write(inputs.buffer, inputs.host)
-        groups = self._pass_groups[rows]
-        experts.dense_groups(device, inputs.step, 0, groups.dense)
-        embed(device, inputs.step, inputs.tokens, weights.embedding, s.x.view(0, (rows, self._config.n_embd)))
-        parts: _Parts = (None, None, 0)
+        if chain is None:
+            device.write(inputs.buffer, inputs.host)
+        plain = PlainRows(inputs.step.view(0, (1,)), rows)
+        embed(
+            device, inputs.step, inputs.tokens, self._fed, weights.embedding, s.x.view(0, (rows, self._config.n_embd))
+        )
+        stream = _Stream(s.x, s.spare, (None, None, 0))
         for layer, cache in zip(weights.layers, self._layers, strict=True):
-            self._attention(inputs, rows, layer, cache, parts, groups.dense, split)
-            parts = self._feed_forward(inputs, rows, layer, groups)
+            self._attention(inputs, rows, layer, cache, stream, plain, split)
+            stream = self._feed_forward(inputs, rows, layer, stream, plain)
         if wanted is not None:
-            self._logits(inputs, parts, wanted)
+            self._logits(inputs, stream, wanted, chain)
 
     def _attention(
         self,
@@ -198,20 +251,21 @@ class Passes:
         rows: int,
         layer: LayerWeights,
         cache: KvLayer,
-        parts: _Parts,
-        dense: Groups,
+        stream: _Stream,
+        plain: PlainRows,
         split: bool,
     ) -> None:
-        """Add the last layer's outputs to the residual stream; project attention's output into `projected`."""
+        """Add what is due to the residual stream; project attention's output into `projected`."""
         device, config, s = self._device, self._config, self._scratch
-        norm.add_norm(device, inputs.step, s.x, *parts, layer.attention_norm, config.rms_eps, s.h, s.h_q, rows)
-        matmul.matmul(device, layer.qkv, dense, s.h_q, s.h, s.qkv)
+        norm.add_norm(
+            device, inputs.step, stream.x, *stream.parts, layer.attention_norm, config.rms_eps, s.h, s.h_q, rows
+        )
+        matmul.matmul(device, layer.qkv, plain, s.h_q, s.h, s.qkv)
         attention.rope_append(
             device,
             inputs.step,
             inputs.positions,
-            inputs.slots,
-            self._pages,
+            inputs.cells,
             s.qkv,
             layer.q_norm,
             layer.k_norm,
@@ -225,48 +279,89 @@ class Passes:
             rows,
         )
         if split:
-            attention.attend_splits(device, inputs.query, cache, s.partials, self._max_items)
+            attention.attend_splits(device, inputs.query, cache, s.partials)
             attention.merge_splits(device, inputs.query, cache, s.partials, s.mixed, s.mixed_q, rows)
         else:
             attention.attend(device, inputs.query, cache, s.mixed)
             norm.quantize(device, inputs.step, 1, s.mixed, s.mixed_q, rows)
-        matmul.matmul(device, [layer.output], dense, s.mixed_q, s.mixed, s.projected)
+        matmul.matmul(device, [layer.output], plain, s.mixed_q, s.mixed, s.projected)
 
-    def _feed_forward(self, inputs: Inputs, rows: int, layer: LayerWeights, groups: _PassGroups) -> _Parts:
-        """Add attention's output to the residual stream; the parts that the feed-forward adds to it next."""
-        device, config, s = self._device, self._config, self._scratch
-        norm.add_norm(device, inputs.step, s.x, s.projected, None, 1, layer.ffn_norm, config.rms_eps, s.h, s.h_q, rows)
-        n_used = config.n_expert_used
-        chosen = groups.dense
-        if layer.select is not None and s.scores is not None and s.ids is not None and s.shares is not None:
-            experts.expert_scores(device, inputs.step, s.h, layer.select, s.scores, rows)
-            chosen = groups.experts
-            experts.select_experts(
-                device, inputs.step, s.scores, config.norm_topk_prob, config.expert_scale, s.ids, s.shares, chosen, rows
+    def _feed_forward(
+        self, inputs: Inputs, rows: int, layer: LayerWeights, stream: _Stream, plain: PlainRows
+    ) -> _Stream:
+        """Add attention's output to the residual stream; what the feed-forward adds to it is due next."""
+        device, config, s, eps = self._device, self._config, self._scratch, self._config.rms_eps
+        if layer.select is None or s.experts is None:
+            norm.add_norm(device, inputs.step, stream.x, s.projected, None, 1, layer.ffn_norm, eps, s.h, s.h_q, rows)
+            matmul.gate_up(device, layer.gate, layer.up, plain, s.h_q, s.h, s.ff)
+            self._down(inputs, layer.down, plain, rows, 0)
+            return replace(stream, parts=(s.y, None, 1))
+        groups, chosen, n_used = self._groups[rows], s.experts, config.n_expert_used
+        if rows <= experts.FEW_ROWS:
+            experts.norm_scores_select(
+                device,
+                inputs.step,
+                stream.x,
+                stream.spare,
+                s.projected,
+                layer.ffn_norm,
+                eps,
+                s.h,
+                s.h_q,
+                layer.select,
+                config.norm_topk_prob,
+                config.expert_scale,
+                chosen.handover,
+                chosen.ids,
+                chosen.shares,
+                groups,
+                rows,
             )
-        matmul.gate_up(device, layer.gate, layer.up, chosen, s.h_q, s.h, s.ff, n_used=n_used)
-        factor = max(1, n_used)
-        norm.quantize(device, inputs.step, factor, s.ff, s.ff_q, rows * factor)
-        matmul.matmul(device, [layer.down], chosen, s.ff_q, s.ff, s.y, n_used=n_used)
-        return s.y, s.shares if n_used else None, factor
+            stream = _Stream(stream.spare, stream.x, stream.parts)
+        else:
+            norm.add_norm(device, inputs.step, stream.x, s.projected, None, 1, layer.ffn_norm, eps, s.h, s.h_q, rows)
+            experts.expert_scores(device, inputs.step, s.h, layer.select, chosen.scores, rows)
+            experts.select_experts(
+                device,
+                inputs.step,
+                chosen.scores,
+                config.norm_topk_prob,
+                config.expert_scale,
+                chosen.ids,
+                chosen.shares,
+                groups,
+                rows,
+            )
+        matmul.gate_up(device, layer.gate, layer.up, groups, s.h_q, s.h, s.ff, n_used=n_used)
+        self._down(inputs, layer.down, groups, rows, n_used)
+        return replace(stream, parts=(s.y, chosen.shares, n_used))
 
-    def _logits(self, inputs: Inputs, parts: _Parts, wanted: _Head) -> None:
-        """The wanted rows' logits, their leaders and log-sum-exp, copied out."""
+    def _down(self, inputs: Inputs, down: Tiles, rows: Groups | PlainRows, max_rows: int, n_used: int) -> None:
+        """The feed-forward's outputs of its inner rows."""
+        device, s = self._device, self._scratch
+        quantized = None
+        if not matmul.can_quantize(down, rows):
+            quantized, pairs = s.ff_q, max(1, n_used)
+            norm.quantize(device, inputs.step, pairs, s.ff, s.ff_q, max_rows * pairs)
+        matmul.matmul(device, [down], rows, quantized, s.ff, s.y, n_used=n_used)
+
+    def _logits(self, inputs: Inputs, stream: _Stream, wanted: _Head, chain: _Chain | None) -> None:
+        """The wanted rows' logits, their leaders and log-sum-exp, copied out; or the next tokens of a chain."""
         device, config, weights = self._device, self._config, self._weights
-        experts.dense_groups(device, inputs.step, 1, wanted.groups)
+        plain = PlainRows(inputs.step.view(4, (1,)), wanted.outs)
         norm.output_norm(
             device,
             inputs.step,
             inputs.out_rows,
-            self._scratch.x,
-            *parts,
+            stream.x,
+            *stream.parts,
             weights.output_norm,
             config.rms_eps,
             wanted.h,
             wanted.h_q,
             wanted.outs,
         )
-        matmul.matmul(device, [weights.output], wanted.groups, wanted.h_q, wanted.h, wanted.logits)
+        matmul.matmul(device, [weights.output], plain, wanted.h_q, wanted.h, wanted.logits)
         head.top_chunks(device, inputs.step, wanted.logits, wanted.chunks, wanted.outs)
         head.top_merge(
             device,
@@ -278,18 +373,28 @@ class Passes:
             wanted.log_sums,
             wanted.outs,
         )
+        if chain is not None:
+            choose(
+                device,
+                inputs.step,
+                chain.choices,
+                wanted.ids,
+                wanted.values,
+                wanted.log_sums,
+                self._fed,
+                chain.history,
+                chain.confidences,
+            )
+            return
         device.read(wanted.host_ids, wanted.ids)
         device.read(wanted.host_values, wanted.values)
         device.read(wanted.host_log_sums, wanted.log_sums)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def _make_groups(self, rows: int) -> _PassGroups:
-        config, columns = self._config, matmul.columns_for(rows)
-        dense = Groups.empty(self._device, rows, columns)
-        if not config.n_expert:
-            return _PassGroups(dense, dense)
-        return _PassGroups(dense, Groups.empty(self._device, rows, columns, config.n_expert_used, config.n_expert))
+    def _make_groups(self, rows: int) -> Groups:
+        config = self._config
+        return Groups.empty(self._device, rows, matmul.columns_for(rows), config.n_expert_used, config.n_expert)
 
     def _make_scratch(self) -> _Scratch:
         device, config, rows = self._device, self._config, self._n_batch
@@ -301,8 +406,14 @@ class Passes:
         def floats(*shape: int) -> Buffer:
             return device.empty(shape, np.float32)
 
+        chosen = None
+        if n_expert:
+            ids = device.empty((rows, n_used), np.int32)
+            handover = Handover.empty(device, rows, n_expert)
+            chosen = _Chosen(floats(rows, n_expert), ids, floats(rows, n_used), handover)
         return _Scratch(
             x=floats(rows, config.n_embd),
+            spare=floats(rows, config.n_embd),
             h=floats(rows, config.n_embd),
             qkv=floats(rows, heads + 2 * config.n_head_kv * config.head_dim),
             q=device.empty((rows, config.n_head, config.head_dim), np.uint16),
@@ -310,9 +421,7 @@ class Passes:
             projected=floats(rows, config.n_embd),
             ff=floats(pairs, n_ff),
             y=floats(pairs, config.n_embd),
-            scores=floats(rows, n_expert) if n_expert else None,
-            ids=device.empty((rows, n_used), np.int32) if n_expert else None,
-            shares=floats(rows, n_used) if n_expert else None,
+            experts=chosen,
             partials=floats(self._max_items * attention.item_bytes(self._layout) // 4),
             h_q=Activations.empty(device, rows, config.n_embd),
             mixed_q=Activations.empty(device, rows, heads),
@@ -328,32 +437,36 @@ class Passes:
         """Every kernel that passes of this model use, as (file, name)."""
         config, weights = self._config, self._weights
         capacities = {capacity(rows, self._n_batch) for rows in range(1, self._n_batch + 1)}
-        names = {("experts.cu", "dense_groups"), ("norm.cu", "quantize")}
+        names = {CHOOSE_KERNEL, ("norm.cu", "quantize")}
         names |= {("norm.cu", norm.add_norm_name(config.n_embd)), ("norm.cu", norm.output_norm_name(config.n_embd))}
         names |= {("head.cu", "top_chunks"), ("head.cu", head.top_merge_name(config.n_vocab))}
         names.add(embed_kernel(weights.embedding.codec))
         names |= {("attention.cu", name) for name in attention.kernel_names(self._layout)}
         if config.n_expert:
-            names |= {("experts.cu", name) for name in experts.select_experts_names(config.n_expert)}
-            names |= {("experts.cu", experts.expert_scores_name(rows)) for rows in capacities}
+            for rows in capacities:
+                names.add(("experts.cu", experts.expert_scores_name(rows)))
+                names |= {("experts.cu", name) for name in experts.select_experts_names(config.n_expert)}
+                if rows <= experts.FEW_ROWS:
+                    name = experts.norm_scores_select_name(config.n_embd, config.n_expert, rows)
+                    names.add(("experts.cu", name))
         for n in {matmul.columns_for(rows) for rows in capacities}:
             for layer in weights.layers:
                 names.add(("matmul.cu", matmul.gate_up_name(layer.gate, layer.up, n)))
                 for matrices in (layer.qkv, [layer.output], [layer.down], [weights.output]):
                     names.add(("matmul.cu", matmul.matmul_name(matrices, n)))
+                if n == matmul.COLUMNS[0] and not layer.down.codec.dense:
+                    names.add(("matmul.cu", matmul.matmul_name([layer.down], n, quantize=True)))
         return sorted(names)
 
 
-_Parts = tuple["Buffer | None", "Buffer | None", int]
-"""What is still to be added to the residual stream: parts, their weights, and how many a row has."""
-
-
 @dataclass(frozen=True, slots=True)
-class _PassGroups:
-    """The groups of plain matrices and of experts, for passes of one capacity."""
+class _Stream:
+    """The residual stream: [rows, embd] float32, another buffer like it, and what is due to be added: parts, their
+    weights, and how many a row has."""
 
-    dense: Groups
-    experts: Groups
+    x: Buffer
+    spare: Buffer
+    parts: tuple[Buffer | None, Buffer | None, int]
 
 
 class _Head:
@@ -361,7 +474,6 @@ class _Head:
 
     def __init__(self, device: Device, config: ModelConfig, outs: int) -> None:
         self.outs = outs
-        self.groups = Groups.empty(device, outs, matmul.columns_for(outs))
         self.h = device.empty((outs, config.n_embd), np.float32)
         self.h_q = Activations.empty(device, outs, config.n_embd)
         self.logits = device.empty((outs, config.n_vocab), np.float32)
@@ -374,11 +486,39 @@ class _Head:
         self.host_log_sums: npt.NDArray[np.float64] = device.staging(self.log_sums.shape, np.float64)
 
 
+class _Chain:
+    """Room for a chain of up to MAX_CHAIN passes with `rows` wanted rows: requests, what was chosen, and the passes'
+    inputs, which must stay as they are until the device has read them."""
+
+    def __init__(self, device: Device, rows: int) -> None:
+        self._device = device
+        self._inputs: dict[int, npt.NDArray[np.int32]] = {}
+        self.host_choices = device.staging((rows,), CHOICE)
+        self.choices = device.zeros((rows,), CHOICE)
+        self.history = device.zeros((MAX_CHAIN, rows), np.int32)
+        self.confidences = device.zeros((MAX_CHAIN, rows), np.float32)
+        self.host_history: Int32 = device.staging(self.history.shape, np.int32)
+        self.host_confidences: Float32 = device.staging(self.confidences.shape, np.float32)
+
+    def start(self, i: int, chosen: Pass) -> None:
+        """Start the pass that is number `i` of the chain."""
+        host = chosen.inputs.host
+        kept = self._inputs.get(i)
+        if kept is None or len(kept) < len(host):
+            kept = self._inputs[i] = self._device.staging(host.shape, np.int32)
+        kept[: len(host)] = host
+        self._device.write(chosen.inputs.buffer, kept[: len(host)])
+        chosen.start()
+
+
 class Pass:
     """One recorded pass and its results; what `CudaLogits` reads."""
 
-    def __init__(self, passes: Passes, inputs: Inputs, rows: int, wanted: _Head | None, split: bool) -> None:
+    def __init__(
+        self, passes: Passes, inputs: Inputs, rows: int, wanted: _Head | None, split: bool, chain: _Chain | None
+    ) -> None:
         self.inputs = inputs
+        self._chain = chain
         self._passes = passes
         self._rows = rows
         self._wanted = wanted
@@ -414,4 +554,4 @@ class Pass:
         return out
 
     def _record(self) -> None:
-        self._passes.record(self.inputs, self._rows, self._wanted, self._split)
+        self._passes.record(self.inputs, self._rows, self._wanted, self._split, self._chain)

@@ -27,6 +27,46 @@ DEVICE void store_floats(float* p, const float (&x)[8]) {
   words[1] = {float_to_bits(x[4]), float_to_bits(x[5]), float_to_bits(x[6]), float_to_bits(x[7])};
 }
 
+// What costs little code: a kernel of few rows takes about as long as its instructions take to arrive.
+
+// About 1 / x and 1 / sqrt(x), within 2 ulp.
+// The largest x of a warp's lanes.
+#ifdef DRAFTWIRE_EMULATE
+DEVICE float reciprocal_(float x) { return 1.0f / x; }
+DEVICE float inverse_sqrt_(float x) { return 1.0f / sqrtf(x); }
+DEVICE uint32_t max_of_warp(uint32_t x) {
+  for (int mask = 16; mask; mask /= 2) x = max_(x, static_cast<uint32_t>(shuffle_xor(static_cast<int>(x), mask)));
+  return x;
+}
+#else
+DEVICE float reciprocal_(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float inverse_sqrt_(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(FULL_WARP, x); }
+#endif
+// x where all lanes have the same x, which the compiler then knows.
+DEVICE int uniform(int x) { return shuffle(x, 0); }
+
+// a / b and sqrt(x) rounded as div_ and sqrt_ do (Markstein), without their branches for infinities and for what is
+// beyond 2^-100 .. 2^100; a zero for `a` and NaN come out right.
+DEVICE float quotient(float a, float b) {
+  float inverse = reciprocal_(b);
+  inverse = fma_(fma_(-b, inverse, 1.0f), inverse, inverse);
+  float y = mul_(a, inverse);
+  return fma_(fma_(-b, y, a), inverse, y);
+}
+DEVICE float root(float x) {
+  float inverse = inverse_sqrt_(x), y = mul_(x, inverse);
+  return fma_(fma_(-y, y, x), mul_(inverse, 0.5f), y);
+}
+
 // One group by one warp, all of its lanes: `x` is elements 8 lane .. 8 lane + 7. `q`, `scale` and `sums` are the
 // group's own: 256 bytes (8-byte aligned), one float, 24 sums.
 //
@@ -34,24 +74,29 @@ DEVICE void store_floats(float* p, const float (&x)[8]) {
 // scale one, so that a broken model shows.
 DEVICE void quantize_group(const float (&x)[8], int lane, int8_t* q, float* scale, int16_t* sums) {
   // Of the bits, whose order for |x| is that of the values, with NaN on top.
-  int top = 0;
-  for (int i = 0; i < 8; i++) top = max_(top, static_cast<int>(float_to_bits(x[i]) & 0x7fffffffu));
-  for (int mask = 16; mask; mask /= 2) top = max_(top, shuffle_xor(top, mask));
-  float peak = bits_to_float(static_cast<uint32_t>(top));
+  uint32_t top = 0;
+  for (int i = 0; i < 8; i++) top = max_(top, float_to_bits(x[i]) & 0x7fffffffu);
+  float peak = bits_to_float(max_of_warp(top));
   bool zero = peak < 1e-35f;
-  float inverse = zero ? 0.0f : div_(127.0f, peak);
+  // 127 / peak; a quarter of both keeps the reciprocal of the largest in range.
+  float inverse = zero ? 0.0f : quotient(127.0f / 4, mul_(peak, 0.25f));
 
-  uint64_t bytes = 0;
+  // Within -127 .. 127, and 0 for NaN.
+  int value[8];
+  for (int i = 0; i < 8; i++) value[i] = round_(mul_(x[i], inverse));
+  uint32_t bytes[2];
   int sum = 0;
-  for (int i = 0; i < 8; i++) {
-    int value = static_cast<int8_t>(round_(mul_(x[i], inverse)));
-    bytes |= static_cast<uint64_t>(static_cast<uint8_t>(value)) << 8 * i;
-    sum += value;
+  for (int half = 0; half < 2; half++) {
+    const int* v = value + 4 * half;
+    bytes[half] = permute_bytes(permute_bytes(v[0], v[1], 0x0040), permute_bytes(v[2], v[3], 0x0040), 0x5410);
+    sum += v[0] + v[1] + v[2] + v[3];
   }
-  *reinterpret_cast<uint64_t*>(q + 8 * lane) = bytes;
+  *reinterpret_cast<uint64_t*>(q + 8 * lane) = static_cast<uint64_t>(bytes[1]) << 32 | bytes[0];
   int sum16 = sum + shuffle_xor(sum, 1);
   int sum32 = sum16 + shuffle_xor(sum16, 2);
   if (lane % 2 == 0) sums[lane / 2] = static_cast<int16_t>(sum16);
   if (lane % 4 == 0) sums[16 + lane / 4] = static_cast<int16_t>(sum32);
-  if (lane == 0) *scale = zero ? 0.0f : div_(peak, 127.0f);
+  // peak / 127 as div_ rounds it, if not below 2^-100; NaN in between for an infinity.
+  float rough = mul_(peak, 1.0f / 127), exact = fma_(fma_(-127.0f, rough, peak), 1.0f / 127, rough);
+  if (lane == 0) *scale = zero ? 0.0f : exact == exact ? exact : rough;
 }

@@ -12,10 +12,13 @@
 // q4_0, likewise, two numbers a byte: elements 2 i (low nibble) and 2 i + 1 of a key, tokens 2 i and 2 i + 1 of a
 // value's element. What is not written may hold anything, NaN too.
 //
-// Step, int32: step[0] rows, with positions[row] and slots[row]. A chunk is rows of one slot at consecutive positions.
-// step[2] query tiles: tile j is up to 16 of the flattened query heads f = i * G + g (row i of the chunk, head g of a
-// group), from tile_first[j], a multiple of 16, tile_count[j] of them; tile_row[j] is the chunk's first row, ascending.
-// tile_item[j]: how many splits the tiles before j have, with j = step[2] for all, which step[3] holds as well.
+// Step, int32, written by a copy that is done before any kernel of a pass starts, so that kernels read it before
+// wait_for_previous: step[0] rows, step[2] length of work. positions[row]; cells[row] = page * 64 + position % 64, for
+// its key and value. A chunk is rows of one slot at consecutive positions. A query tile is up to 16 of a chunk's
+// query heads, flattened: f = i * G + g (row i of the chunk, head g of a group).
+//   work [step[2]][8]: what a block does for a key-value head, `Work` below: a tile, or one of a tile's splits
+//   heads [rows][G]: of head g of the row's groups, 16 * the first of its tile's splits, as an index of work, + its
+//     place in the tile; -1: in no tile
 //
 // Arithmetic of a query row, a function of its position alone. Keys are cut into units of 32, splits of 4 units and
 // spans of 8 splits. A unit is a softmax of its own, relative to its maximum m:
@@ -30,12 +33,16 @@
 // attend: blocks of 128 threads; a warp computes a unit, mma's 16 rows being the tile's. Keys and values go from memory
 // to registers in the layout that mma wants, without shared memory, because which k an element of mma stands for is
 // free: lane (g, t) loads dims 8 t .. 8 t + 7 of every 32 of a key, 16 bytes of halves, for two steps of k = 16. Column
-// c of score tile j is key 8 (c / 2) + 2 j + c % 2, so that lane t holds the scores of keys 8 t .. 8 t + 7, which are 16
-// bytes of a transposed value.
+// c of score tile j is key 8 (c / 2) + 2 j + c % 2, so that lane t holds the scores of keys 8 t .. 8 t + 7, 16 bytes of
+// a transposed value.
 // Whole (prefill): a block per (tile, key-value head), heaviest first, goes through all splits and writes out.
-// Otherwise (few rows): a block takes items (tile, split, key-value head) in turn and writes each split's M, L and O to
-// a workspace [items][2 * 16 + 16 D] floats, from which merge_splits computes out, and out in 8 bits for the following
+// Otherwise (few rows): a block takes items (split of a tile, key-value head) in turn and writes M, L and O to a
+// workspace [items][2 * 16 + 16 D] floats, from which merge_splits computes out, and out in 8 bits for the following
 // product (activations.cuh): a block per (row, 256 outputs), of 8 warps that merge a span each.
+//
+// With few rows, time is the longest chain of memory accesses. Everything that says where something is comes from the
+// step, before wait_for_previous; after it, each kernel loads once: rope_append heads, attend queries, keys and values
+// together, merge_splits a span's partial results.
 #include "activations.cuh"
 
 static constexpr int kPageTokens = 64;
@@ -55,6 +62,19 @@ struct alignas(16) Float4 {
   float x, y, z, w;
 };
 
+// Quotients by one number, rounded as div_ does (Markstein), without its branches: two corrections by the exact rest.
+// Only for numbers so small that their rest underflows, below 2^-100, and signs of zeros it may differ.
+struct Divisor {
+  float by, inverse;
+
+  MEMBER explicit Divisor(float x) : by(x), inverse(div_(1.0f, x)) {}
+  MEMBER float divide(float x) const {
+    float y = mul_(x, inverse);
+    y = fma_(fma_(-y, by, x), inverse, y);
+    return fma_(fma_(-y, by, x), inverse, y);
+  }
+};
+
 // Floats quantized to signed numbers become halves of number * scale, rounded once.
 
 // Byte `byte` of a word, less `zero`.
@@ -68,6 +88,13 @@ DEVICE uint32_t scaled_bytes(uint32_t low, int low_byte, uint32_t high, int high
                           mul_(byte_to_float(high, high_byte, zero), high_scale));
 }
 
+// For what is stored, and queries: the nearest number that is finite in halves and, being 127 * 512 and 8 * 8128, also
+// as a number times a scale. NaN stays, so that a broken model shows.
+DEVICE float bounded(float x) {
+  const float largest = 65024.0f;
+  return x > largest ? largest : x < -largest ? -largest : x;
+}
+
 // The neighbours of a token that is stored, among the rows of its step: `before`, the values of the token at the
 // position before it, or null; `after`, whether the next token is there.
 struct Neighbours {
@@ -75,11 +102,13 @@ struct Neighbours {
   bool after;
 };
 
-// A cache type stores element 32 `group` + lane of a head by a warp, and loads, as halves, elements 8 t .. 8 t + 7 of
-// 32 of a key, and element `dim` of the values of eight tokens from `token` on, a multiple of eight. `keys` and so on
-// are those of one page and head.
+// A cache type stores element 32 `group` + lane of a head by a warp, and loads elements 8 t .. 8 t + 7 of 32 of a key
+// (Key), and element `dim` of the values of eight tokens from `token` on, a multiple of eight (Values); `halves` of
+// either come later. `keys` and so on are those of one page and head.
 
 struct F16Cache {
+  using Key = Word4;
+  using Values = Word4;
   struct Scales {};
   static constexpr int kBits = 16;
 
@@ -92,23 +121,27 @@ struct F16Cache {
     reinterpret_cast<uint16_t*>(values)[(32 * group + lane) * kPageTokens + token] = float_to_half(x);
   }
   template <int D>
-  DEVICE Word4 load_key(const uint8_t* keys, const uint16_t*, int token, int group, int t) {
+  DEVICE Key load_key(const uint8_t* keys, const uint16_t*, int token, int group, int t) {
     return load_word4(keys + 2 * (token * D + 32 * group + 8 * t));
   }
+  DEVICE Word4 halves(const Key& key) { return key; }
   DEVICE Scales load_scales(const uint16_t*, int, int) { return {}; }
-  DEVICE Word4 load_values(const uint8_t* values, const Scales&, int dim, int token) {
+  DEVICE Values load_values(const uint8_t* values, int dim, int token) {
     return load_word4(values + 2 * (dim * kPageTokens + token));
   }
+  DEVICE Word4 halves(const Values& values, const Scales&) { return values; }
 };
 
-// The value scales of eight tokens.
+// The value scales of eight tokens, and as floats.
 struct TokenScales {
+  Word4 halves;
+};
+struct Scales8 {
   float of[8];
 };
-DEVICE TokenScales load_token_scales(const uint16_t* scales, int group, int token) {
-  const Word4 words = load_word4(scales + group * kPageTokens + token);
-  const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
-  TokenScales out;
+DEVICE Scales8 floats(const TokenScales& scales) {
+  const uint32_t pairs[4] = {scales.halves.x, scales.halves.y, scales.halves.z, scales.halves.w};
+  Scales8 out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     out.of[2 * i] = half_to_float(static_cast<uint16_t>(pairs[i]));
@@ -124,6 +157,11 @@ DEVICE float warp_max(float x) {
 DEVICE float magnitude(float x) { return bits_to_float(float_to_bits(x) & 0x7fffffffu); }
 
 struct Q8Cache {
+  struct Key {
+    Word2 numbers;
+    uint16_t scale;
+  };
+  using Values = Word2;
   using Scales = TokenScales;
   static constexpr int kBits = 8;
 
@@ -155,19 +193,28 @@ struct Q8Cache {
             scaled_bytes(high, 0, high, 1, 128.0f, d[4], d[5]), scaled_bytes(high, 2, high, 3, 128.0f, d[6], d[7])};
   }
   template <int D>
-  DEVICE Word4 load_key(const uint8_t* keys, const uint16_t* scales, int token, int group, int t) {
-    const float d = half_to_float(scales[token * (D / 32) + group]);
-    return to_halves(load_word2(keys + token * D + 32 * group + 8 * t), {d, d, d, d, d, d, d, d});
+  DEVICE Key load_key(const uint8_t* keys, const uint16_t* scales, int token, int group, int t) {
+    return {load_word2(keys + token * D + 32 * group + 8 * t), scales[token * (D / 32) + group]};
+  }
+  DEVICE Word4 halves(const Key& key) {
+    const float d = half_to_float(key.scale);
+    return to_halves(key.numbers, {d, d, d, d, d, d, d, d});
   }
   DEVICE Scales load_scales(const uint16_t* scales, int group, int token) {
-    return load_token_scales(scales, group, token);
+    return {load_word4(scales + group * kPageTokens + token)};
   }
-  DEVICE Word4 load_values(const uint8_t* values, const Scales& scales, int dim, int token) {
-    return to_halves(load_word2(values + dim * kPageTokens + token), scales.of);
+  DEVICE Values load_values(const uint8_t* values, int dim, int token) {
+    return load_word2(values + dim * kPageTokens + token);
   }
+  DEVICE Word4 halves(const Values& values, const Scales& scales) { return to_halves(values, floats(scales).of); }
 };
 
 struct Q4Cache {
+  struct Key {
+    uint32_t numbers;
+    uint16_t scale;
+  };
+  using Values = uint32_t;
   using Scales = TokenScales;
   static constexpr int kBits = 4;
 
@@ -199,7 +246,7 @@ struct Q4Cache {
     } else {
       float scale_before;
       const int low =
-          neighbours.before ? quantize(neighbours.before[32 * group + lane], lane, scale_before) : *byte & 15;
+          neighbours.before ? quantize(bounded(neighbours.before[32 * group + lane]), lane, scale_before) : *byte & 15;
       *byte = static_cast<uint8_t>(low | number << 4);
     }
   }
@@ -209,16 +256,20 @@ struct Q4Cache {
             scaled_bytes(even, 2, odd, 2, 8.0f, d[4], d[5]), scaled_bytes(even, 3, odd, 3, 8.0f, d[6], d[7])};
   }
   template <int D>
-  DEVICE Word4 load_key(const uint8_t* keys, const uint16_t* scales, int token, int group, int t) {
-    const float d = half_to_float(scales[token * (D / 32) + group]);
-    return to_halves(load_word(keys + (token * D + 32 * group + 8 * t) / 2), {d, d, d, d, d, d, d, d});
+  DEVICE Key load_key(const uint8_t* keys, const uint16_t* scales, int token, int group, int t) {
+    return {load_word(keys + (token * D + 32 * group + 8 * t) / 2), scales[token * (D / 32) + group]};
+  }
+  DEVICE Word4 halves(const Key& key) {
+    const float d = half_to_float(key.scale);
+    return to_halves(key.numbers, {d, d, d, d, d, d, d, d});
   }
   DEVICE Scales load_scales(const uint16_t* scales, int group, int token) {
-    return load_token_scales(scales, group, token);
+    return {load_word4(scales + group * kPageTokens + token)};
   }
-  DEVICE Word4 load_values(const uint8_t* values, const Scales& scales, int dim, int token) {
-    return to_halves(load_word(values + (dim * kPageTokens + token) / 2), scales.of);
+  DEVICE Values load_values(const uint8_t* values, int dim, int token) {
+    return load_word(values + (dim * kPageTokens + token) / 2);
   }
+  DEVICE Word4 halves(const Values& values, const Scales& scales) { return to_halves(values, floats(scales).of); }
 };
 
 // A page of one head: bytes of its keys or values, and how many scales they have.
@@ -229,78 +280,101 @@ static constexpr int kPageScales = kPageTokens * D / 32;
 
 // ---- Storing
 
-// One head of one row by a warp: x[i] = element 32 i + lane, normalized (weight not null) and rotated.
-// cos, sin: of the row's position. Pairs: (i, i + rope_dim / 2) if neox, else (2 i, 2 i + 1).
+// How one head of one row is normalized and rotated, by a warp: lane has elements 32 i + lane.
 template <int D>
-DEVICE void rotate_head(const float* head, const float* weight, float eps, const float* cos, const float* sin,
-                        int rope_dim, bool neox, int lane, float (&x)[D / 32]) {
-  float root = 1.0f;
-  if (weight) {
-    float squares = 0.0f;
+struct Rotation {
+  int other[D / 32];  // the element of the pair
+  float weight[D / 32], cos[D / 32], sin[D / 32];
+  bool normed;
+
+  // norm: [D], or null. cosines, sines: of the row's position. Pairs: (i, i + rope_dim / 2) if neox, else (2 i,
+  // 2 i + 1).
+  MEMBER void load(const float* norm, const float* cosines, const float* sines, int rope_dim, bool neox, int lane) {
+    normed = norm != nullptr;
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i) squares = fma_(head[32 * i + lane], head[32 * i + lane], squares);
-    for (int mask = 16; mask; mask /= 2) squares = add_(squares, shuffle_xor(squares, mask));
-    root = sqrt_(add_(div_(squares, static_cast<float>(D)), eps));
-  }
-  auto normalized = [&](int e) { return weight ? mul_(div_(head[e], root), weight[e]) : head[e]; };
-#pragma unroll
-  for (int i = 0; i < D / 32; ++i) {
-    const int e = 32 * i + lane, half = rope_dim / 2;
-    x[i] = normalized(e);
-    if (e < rope_dim) {
+    for (int i = 0; i < D / 32; ++i) {
+      const int e = 32 * i + lane, half = rope_dim / 2;
       const bool second = neox ? e >= half : e % 2 != 0;
-      const int other = neox ? (second ? e - half : e + half) : e ^ 1;
-      const int angle = neox ? (second ? other : e) : e / 2;
-      const float turned = mul_(normalized(other), sin[angle]);
-      x[i] = fma_(x[i], cos[angle], second ? turned : -turned);
+      other[i] = neox ? (second ? e - half : e + half) : e ^ 1;
+      const int angle = neox ? (second ? other[i] : e) : e / 2;
+      if (e < rope_dim) {
+        cos[i] = cosines[angle];
+        sin[i] = second ? sines[angle] : -sines[angle];
+      }
+      weight[i] = normed ? norm[e] : 1.0f;
     }
   }
-}
 
-// A warp per (row, head of qkv): queries to q in halves, keys and values to the cache. q_norm, k_norm [D] or null.
-// cos, sin: float [positions, rope_dim / 2].
+  // x[i] = element 32 i + lane. head: D floats of shared memory.
+  MEMBER void apply(float eps, int rope_dim, int lane, float* head, float (&x)[D / 32]) const {
+    if (normed) {
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) squares = fma_(x[i], x[i], squares);
+#pragma unroll
+      for (int mask = 16; mask; mask /= 2) squares = add_(squares, shuffle_xor(squares, mask));
+      const Divisor root(sqrt_(add_(div_(squares, static_cast<float>(D)), eps)));
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i) x[i] = mul_(root.divide(x[i]), weight[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) head[32 * i + lane] = x[i];
+    sync_warp();
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i)
+      if (32 * i + lane < rope_dim) x[i] = fma_(x[i], cos[i], mul_(head[other[i]], sin[i]));
+  }
+};
+
+// A block per (row, 4 heads of qkv), of a warp each: queries to q in halves, keys and values to the cache. q_norm,
+// k_norm [D] or null. cos, sin: float [positions, rope_dim / 2].
 template <int D, class Cache>
-KERNEL(kAppendThreads, 8)
-rope_append(const int* step, const int* positions, const int* slots, const int* pages, int max_pages, const float* qkv,
-            const float* q_norm, const float* k_norm, float eps, const float* cos, const float* sin, int rope_dim,
-            int neox, int n_head, int n_kv_head, uint16_t* q, uint8_t* keys, uint8_t* values, uint16_t* key_scales,
-            uint16_t* value_scales) {
+KERNEL(kAppendThreads, 4)
+rope_append(const int* step, const int* positions, const int* cells, const float* qkv, const float* q_norm,
+            const float* k_norm, float eps, const float* cos, const float* sin, int rope_dim, int neox, int n_head,
+            int n_kv_head, uint16_t* q, uint8_t* keys, uint8_t* values, uint16_t* key_scales, uint16_t* value_scales) {
   launch_next();
-  wait_for_previous();
   const int lane = threadIdx.x % 32, n_heads = n_head + 2 * n_kv_head;
-  const int index = blockIdx.x * (kAppendThreads / 32) + threadIdx.x / 32;
-  const int row = index / n_heads, head = index % n_heads;
-  if (row >= step[0]) return;
-  const float* from = qkv + static_cast<int64_t>(index) * D;
-  const int position = positions[row], slot = slots[row];
-  const int64_t at = static_cast<int64_t>(position) * (rope_dim / 2);
+  const int row = blockIdx.x, head = blockIdx.y * (kAppendThreads / 32) + threadIdx.x / 32;
+  const int n_rows = step[0], position = positions[row], cell = cells[row];
+  // Of the rows in the same byte, for values in 4 bits.
+  const bool before = Cache::kBits == 4 && row > 0 && cells[row - 1] == cell - 1;
+  const bool after = Cache::kBits == 4 && row + 1 < gridDim.x && row + 1 < n_rows && cells[row + 1] == cell + 1;
+  Rotation<D> rotation;
+  if (head < n_head + n_kv_head) {
+    const int64_t at = static_cast<int64_t>(row < n_rows ? position : 0) * (rope_dim / 2);
+    rotation.load(head < n_head ? q_norm : k_norm, cos + at, sin + at, rope_dim, neox != 0, lane);
+  }
+  wait_for_previous();
+  if (row >= n_rows || head >= n_heads) return;
+
+  const float* from = qkv + (static_cast<int64_t>(row) * n_heads + head) * D;
   float x[D / 32];
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) x[i] = from[32 * i + lane];
+  __shared__ float rotated[kAppendThreads / 32][D];
+  if (head < n_head + n_kv_head) rotation.apply(eps, rope_dim, lane, rotated[threadIdx.x / 32], x);
+#pragma unroll
+  for (int i = 0; i < D / 32; ++i) x[i] = bounded(x[i]);
   if (head < n_head) {
-    rotate_head<D>(from, q_norm, eps, cos + at, sin + at, rope_dim, neox != 0, lane, x);
     uint16_t* to = q + (static_cast<int64_t>(row) * n_head + head) * D;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) to[32 * i + lane] = float_to_half(x[i]);
     return;
   }
-  const int token = position % kPageTokens;
-  const int kv_head = (head - n_head) % n_kv_head;
-  const int64_t cell =
-      static_cast<int64_t>(pages[slot * max_pages + position / kPageTokens]) * n_kv_head + kv_head;
+  const int token = cell % kPageTokens, kv_head = (head - n_head) % n_kv_head;
+  const int64_t page = static_cast<int64_t>(cell / kPageTokens) * n_kv_head + kv_head;
   if (head < n_head + n_kv_head) {
-    rotate_head<D>(from, k_norm, eps, cos + at, sin + at, rope_dim, neox != 0, lane, x);
-    uint8_t* to = keys + cell * kPageBytes<D, Cache>;
-    uint16_t* scales = key_scales + cell * kPageScales<D>;
+    uint8_t* to = keys + page * kPageBytes<D, Cache>;
+    uint16_t* scales = key_scales + page * kPageScales<D>;
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) Cache::template store_key<D>(to, scales, token, i, lane, x[i]);
   } else {
-    const bool before = row > 0 && slots[row - 1] == slot && positions[row - 1] == position - 1;
-    const bool after = row + 1 < step[0] && slots[row + 1] == slot && positions[row + 1] == position + 1;
     const Neighbours neighbours = {before ? from - static_cast<int64_t>(n_heads) * D : nullptr, after};
-    uint8_t* to = values + cell * kPageBytes<D, Cache>;
-    uint16_t* scales = value_scales + cell * kPageScales<D>;
+    uint8_t* to = values + page * kPageBytes<D, Cache>;
+    uint16_t* scales = value_scales + page * kPageScales<D>;
 #pragma unroll
-    for (int i = 0; i < D / 32; ++i)
-      Cache::template store_value<D>(to, scales, token, i, lane, from[32 * i + lane], neighbours);
+    for (int i = 0; i < D / 32; ++i) Cache::template store_value<D>(to, scales, token, i, lane, x[i], neighbours);
   }
 }
 
@@ -318,15 +392,15 @@ struct Partial {
 #pragma unroll
     for (int i = 0; i < n; ++i) o[i] = 0.0f;
   }
-  // The only place where parts come together.
+  // The only place where parts come together. Without branches, so that the loads of several parts go together.
   MEMBER void merge(float m_, float l_, const float (&o_)[n], float scale) {
-    if (m_ == -kInfinity) return;
+    const bool any = m_ != -kInfinity;
     const float top = max_(m, m_);
     const float mine = exp2_(mul_(add_(m, -top), scale)), other = exp2_(mul_(add_(m_, -top), scale));
-    m = top;
-    l = fma_(l_, other, mul_(l, mine));
+    m = any ? top : m;
+    l = any ? fma_(l_, other, mul_(l, mine)) : l;
 #pragma unroll
-    for (int i = 0; i < n; ++i) o[i] = fma_(o_[i], other, mul_(o[i], mine));
+    for (int i = 0; i < n; ++i) o[i] = any ? fma_(o_[i], other, mul_(o[i], mine)) : o[i];
   }
   MEMBER void merge(const Partial& part, float scale) { merge(part.m, part.l, part.o, scale); }
 };
@@ -341,21 +415,24 @@ struct Cells {
   const uint16_t *key_scales, *value_scales;
 };
 
-struct Tile {
-  int row;    // the chunk's first
-  int first;  // flattened query head
-  int count;
-  int last;  // position of the last row
-  int slot;
+// A tile, or one of its splits.
+struct Work {
+  int row;           // the chunk's first
+  int first;         // flattened query head of the tile, a multiple of 16
+  int count;         // heads of the tile
+  int start;         // position of `row`
+  int last;          // position of the tile's last row
+  int which;         // a tile's slot, a split's index
+  int page0, page1;  // of the split's keys
 
-  MEMBER Tile(int j, const int* tile_row, const int* tile_first, const int* tile_count, int group,
-              const int* positions, const int* slots)
-      : row(tile_row[j]), first(tile_first[j]), count(tile_count[j]) {
-    last = positions[row + (first + count - 1) / group];
-    slot = slots[row];
+  MEMBER explicit Work(const int* record) {
+    const Word4 a = load_word4(record), b = load_word4(record + 4);
+    row = static_cast<int>(a.x), first = static_cast<int>(a.y), count = static_cast<int>(a.z);
+    start = static_cast<int>(a.w), last = static_cast<int>(b.x), which = static_cast<int>(b.y);
+    page0 = static_cast<int>(b.z), page1 = static_cast<int>(b.w);
   }
-  MEMBER int n_splits() const { return last / kSplitKeys + 1; }
 };
+static constexpr int kWorkInts = 8;
 
 // Shared memory of a block of attend: o of each warp's unit, in rows of D + 8 against bank conflicts, then m and l.
 template <int D>
@@ -369,40 +446,64 @@ struct Units {
 template <int D>
 struct Queries {
   Word4 q[D / 32][2];
-  int position[2];
+  int position[2], at[2];
 
-  MEMBER void load(const Tile& tile, int group, int kv_head, int n_head, const uint16_t* from, const int* positions,
-                   int lane) {
+  MEMBER Queries(const Work& work, int group, int kv_head, int n_head, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int at = lane / 4 + 8 * r, f = tile.first + at;
-      position[r] = -1;
-#pragma unroll
-      for (int i = 0; i < D / 32; ++i) q[i][r] = {0, 0, 0, 0};
-      if (at < tile.count) {
-        const int row = tile.row + f / group, head = kv_head * group + f % group;
-        position[r] = positions[row];
-#pragma unroll
-        for (int i = 0; i < D / 32; ++i)
-          q[i][r] = load_word4(from + (static_cast<int64_t>(row) * n_head + head) * D + 32 * i + 8 * (lane % 4));
-      }
+      const int place = lane / 4 + 8 * r, i = (work.first + place) / group, g = work.first + place - i * group;
+      position[r] = place < work.count ? work.start + i : -1;
+      at[r] = ((work.row + i) * n_head + kv_head * group + g) * D + 8 * (lane % 4);
     }
+  }
+  MEMBER void load(const uint16_t* from) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+#pragma unroll
+      for (int i = 0; i < D / 32; ++i)
+        q[i][r] = position[r] >= 0 ? load_word4(from + at[r] + 32 * i) : Word4{0, 0, 0, 0};
   }
 };
 
 // The unit of keys first .. first + 31, which start at `token` of the page of `cells`, by one warp; last: of the tile.
-template <int D, class Cache>
+// Early: all keys and values are under way before the first is needed, for more registers.
+template <int D, class Cache, bool Early>
 DEVICE void attend_unit(const Queries<D>& queries, const Cells& cells, int first, int token, int last, float scale,
                         int lane, Units<D>& units, int unit) {
   const int g = lane / 4, t = lane % 4;
+  auto load_key = [&](int i, int j) {
+    return Cache::template load_key<D>(cells.keys, cells.key_scales, token + 8 * (g / 2) + 2 * j + g % 2, i, t);
+  };
+  auto load_scales = [&](int i) { return Cache::load_scales(cells.value_scales, i, token + 8 * t); };
+  auto load_values = [&](int i, int n) {
+    return Cache::load_values(cells.values, 32 * i + 8 * n + g, token + 8 * t);
+  };
+  typename Cache::Key keys[D / 32][4];
+  typename Cache::Values values[D / 32][4];
+  typename Cache::Scales scales[D / 32];
+  if constexpr (Early) {
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) keys[i][j] = load_key(i, j);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) {
+      scales[i] = load_scales(i);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) values[i][n] = load_values(i, n);
+    }
+    // No load is put off beyond this.
+    sync_warp();
+  }
+
   float s[4][4] = {};
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) {
     const Word4(&q)[2] = queries.q[i];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int key = token + 8 * (g / 2) + 2 * j + g % 2;
-      const Word4 k = Cache::template load_key<D>(cells.keys, cells.key_scales, key, i, t);
+      if constexpr (!Early) keys[i][j] = load_key(i, j);
+      const Word4 k = Cache::halves(keys[i][j]);
       mma_f16_k16(s[j], {q[0].x, q[1].x, q[0].y, q[1].y}, {k.x, k.y});
       mma_f16_k16(s[j], {q[0].z, q[1].z, q[0].w, q[1].w}, {k.z, k.w});
     }
@@ -448,10 +549,11 @@ DEVICE void attend_unit(const Queries<D>& queries, const Cells& cells, int first
   }
 #pragma unroll
   for (int i = 0; i < D / 32; ++i) {
-    const auto scales = Cache::load_scales(cells.value_scales, i, token + 8 * t);
+    if constexpr (!Early) scales[i] = load_scales(i);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
-      const Word4 v = Cache::load_values(cells.values, scales, 32 * i + 8 * n + g, token + 8 * t);
+      if constexpr (!Early) values[i][n] = load_values(i, n);
+      const Word4 v = Cache::halves(values[i][n], scales[i]);
       float o[4] = {};
       mma_f16_k16(o, {p[0][0], p[0][1], p[1][0], p[1][1]}, {v.x & live[0], v.y & live[1]});
       mma_f16_k16(o, {p[2][0], p[2][1], p[3][0], p[3][1]}, {v.z & live[2], v.w & live[3]});
@@ -463,70 +565,65 @@ DEVICE void attend_unit(const Queries<D>& queries, const Cells& cells, int first
 }
 
 // One split of a tile by a block: thread i gets row i / 8, outputs 32 j + 4 (i % 8) .. + 3 as part.o[4 j] ...
-template <int D, class Cache>
-DEVICE void attend_split(const Queries<D>& queries, const Cells& layer, const int* pages, int n_kv_head, int kv_head,
-                         int last, int split, float scale, Units<D>& units, Partial<D / 8>& part) {
+// cell: page * KVH + key-value head of the warp's unit, if it has one.
+template <int D, class Cache, bool Early>
+DEVICE void attend_split(const Queries<D>& queries, const Cells& layer, int cell, int last, int split, float scale,
+                         Units<D>& units, Partial<D / 8>& part) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first = split * kSplitKeys + warp * kUnitKeys;
   if (first <= last) {
-    const int64_t cell = static_cast<int64_t>(pages[first / kPageTokens]) * n_kv_head + kv_head;
-    const int64_t bytes = cell * kPageBytes<D, Cache>, scales = cell * kPageScales<D>;
+    const int64_t bytes = static_cast<int64_t>(cell) * kPageBytes<D, Cache>;
+    const int64_t scales = static_cast<int64_t>(cell) * kPageScales<D>;
     const Cells cells = {layer.keys + bytes, layer.values + bytes, layer.key_scales + scales,
                          layer.value_scales + scales};
-    attend_unit<D, Cache>(queries, cells, first, first % kPageTokens, last, scale, lane, units, warp);
+    attend_unit<D, Cache, Early>(queries, cells, first, first % kPageTokens, last, scale, lane, units, warp);
   }
   sync_block();
   const int row = threadIdx.x / 8, n_units = min_(kSplitUnits, (last - split * kSplitKeys) / kUnitKeys + 1);
   part.clear();
 #pragma unroll
   for (int u = 0; u < kSplitUnits; ++u) {
-    if (u >= n_units) break;
     float o[D / 8];
 #pragma unroll
     for (int i = 0; i < D / 32; ++i) {
       const Float4 x = *reinterpret_cast<const Float4*>(&units.o[u][row][32 * i + 4 * (threadIdx.x % 8)]);
       o[4 * i] = x.x, o[4 * i + 1] = x.y, o[4 * i + 2] = x.z, o[4 * i + 3] = x.w;
     }
-    part.merge(units.m[u][row], units.l[u][row], o, scale);
+    part.merge(u < n_units ? units.m[u][row] : -kInfinity, units.l[u][row], o, scale);
   }
   sync_block();
 }
 
-// How many of the n ascending numbers are at most `limit`, by a warp.
-DEVICE int count_up_to(const int* numbers, int n, int limit, int lane) {
-  for (int first = 0;; first += 32) {
-    const uint32_t within = vote(first + lane < n && numbers[first + lane] <= limit);
-    if (within != FULL_WARP) return first + count_bits(within);
-  }
-}
-
+// work: a tile each if Whole, else a split.
 template <int D, class Cache, bool Whole>
-KERNEL(kAttendThreads, D <= 128 ? 4 : 2)
-attend(const int* step, const int* tile_row, const int* tile_first, const int* tile_count, const int* tile_item,
-       const int* positions, const int* slots, const int* pages, int max_pages, const uint16_t* q, const uint8_t* keys,
+KERNEL(kAttendThreads, Whole && D <= 128 ? 4 : 2)
+attend(const int* step, const int* work, const int* pages, int max_pages, const uint16_t* q, const uint8_t* keys,
        const uint8_t* values, const uint16_t* key_scales, const uint16_t* value_scales, int n_head, int n_kv_head,
        float scale, float* workspace, float* out) {
   launch_next();
-  wait_for_previous();
   DYNAMIC_SHARED(shared);
   Units<D>& units = *reinterpret_cast<Units<D>*>(shared);
   const Cells layer = {keys, values, key_scales, value_scales};
-  const int lane = threadIdx.x % 32, group = n_head / n_kv_head;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = n_head / n_kv_head;
   const int row = threadIdx.x / 8, column = 4 * (threadIdx.x % 8);
-  Queries<D> queries;
+  const int n_work = step[2];
   Partial<D / 8> part;
   if constexpr (Whole) {
-    const int j = step[2] - 1 - static_cast<int>(blockIdx.x), kv_head = blockIdx.y;
+    const int j = n_work - 1 - static_cast<int>(blockIdx.x), kv_head = blockIdx.y;
+    const Work tile(work + kWorkInts * max_(0, j));
+    Queries<D> queries(tile, group, kv_head, n_head, lane);
+    const int* page = pages + tile.which * max_pages + warp / (kPageTokens / kUnitKeys);
+    wait_for_previous();
     if (j < 0) return;
-    const Tile tile(j, tile_row, tile_first, tile_count, group, positions, slots);
-    queries.load(tile, group, kv_head, n_head, q, positions, lane);
+    queries.load(q);
     Partial<D / 8> total, span;
     total.clear();
     span.clear();
-    const int n_splits = tile.n_splits();
+    const int n_splits = tile.last / kSplitKeys + 1;
     for (int split = 0; split < n_splits; ++split) {
-      attend_split<D, Cache>(queries, layer, pages + tile.slot * max_pages, n_kv_head, kv_head, tile.last, split,
-                             scale, units, part);
+      const bool some = split * kSplitKeys + warp * kUnitKeys <= tile.last;
+      const int cell = (some ? page[split * (kSplitKeys / kPageTokens)] : 0) * n_kv_head + kv_head;
+      attend_split<D, Cache, false>(queries, layer, cell, tile.last, split, scale, units, part);
       span.merge(part, scale);
       if (split % kSpanSplits == kSpanSplits - 1 || split == n_splits - 1) {
         total.merge(span, scale);
@@ -534,24 +631,31 @@ attend(const int* step, const int* tile_row, const int* tile_first, const int* t
       }
     }
     if (row < tile.count) {
+      const Divisor sum(total.l);
       const int f = tile.first + row;
       const int64_t to = static_cast<int64_t>(tile.row + f / group) * n_head + kv_head * group + f % group;
 #pragma unroll
       for (int i = 0; i < D / 32; ++i)
         *reinterpret_cast<Float4*>(out + to * D + 32 * i + column) = {
-            div_(total.o[4 * i], total.l), div_(total.o[4 * i + 1], total.l), div_(total.o[4 * i + 2], total.l),
-            div_(total.o[4 * i + 3], total.l)};
+            sum.divide(total.o[4 * i]), sum.divide(total.o[4 * i + 1]), sum.divide(total.o[4 * i + 2]),
+            sum.divide(total.o[4 * i + 3])};
     }
   } else {
-    const int n_items = step[3] * n_kv_head;
-    for (int item = blockIdx.x; item < n_items; item += gridDim.x) {
-      const int kv_head = item % n_kv_head;
-      const int j = count_up_to(tile_item + 1, step[2], item / n_kv_head, lane);
-      const Tile tile(j, tile_row, tile_first, tile_count, group, positions, slots);
-      queries.load(tile, group, kv_head, n_head, q, positions, lane);
-      attend_split<D, Cache>(queries, layer, pages + tile.slot * max_pages, n_kv_head, kv_head, tile.last,
-                             item / n_kv_head - tile_item[j], scale, units, part);
-      if (row < tile.count) {
+    const int n_items = n_work * n_kv_head;
+    auto cell_of = [&](const Work& split, int kv_head) {
+      return (warp < kPageTokens / kUnitKeys ? split.page0 : split.page1) * n_kv_head + kv_head;
+    };
+    int item = blockIdx.x;
+    Work split(work + kWorkInts * (item / n_kv_head));
+    Queries<D> queries(split, group, item % n_kv_head, n_head, lane);
+    int cell = cell_of(split, item % n_kv_head);
+    // Always so where there is an item; asked lest a compiler put the arithmetic off until after the wait.
+    if (queries.position[0] >= -1 && queries.position[1] >= -1 && queries.at[0] >= 0 && queries.at[1] >= 0 && cell >= 0)
+      wait_for_previous();
+    while (item < n_items) {
+      queries.load(q);
+      attend_split<D, Cache, D <= 128>(queries, layer, cell, split.last, split.which, scale, units, part);
+      if (row < split.count) {
         float* to = workspace + static_cast<int64_t>(item) * kPartialFloats<D>;
         if (column == 0) *reinterpret_cast<Float2*>(to + 2 * row) = {part.m, part.l};
         to += 2 * kTileRows + row * D + column;
@@ -560,6 +664,11 @@ attend(const int* step, const int* tile_row, const int* tile_first, const int* t
           *reinterpret_cast<Float4*>(to + 32 * i) = {part.o[4 * i], part.o[4 * i + 1], part.o[4 * i + 2],
                                                      part.o[4 * i + 3]};
       }
+      item += gridDim.x;
+      if (item >= n_items) break;
+      split = Work(work + kWorkInts * (item / n_kv_head));
+      queries = Queries<D>(split, group, item % n_kv_head, n_head, lane);
+      cell = cell_of(split, item % n_kv_head);
     }
   }
 }
@@ -568,27 +677,23 @@ attend(const int* step, const int* tile_row, const int* tile_first, const int* t
 // of them. out: null where only the 8-bit form is wanted. Rows that no tile covers become zeros.
 template <int D>
 KERNEL(32 * kMergeWarps, 1)
-merge_splits(const int* step, const int* tile_row, const int* tile_first, const int* tile_count, const int* tile_item,
-             const int* positions, const float* workspace, int n_head, int n_kv_head, float scale, float* out,
-             int8_t* q, float* q_scale, int16_t* q_sums) {
+merge_splits(const int* step, const int* positions, const int* heads, const float* workspace, int n_head,
+             int n_kv_head, float scale, float* out, int8_t* q, float* q_scale, int16_t* q_sums) {
   launch_next();
-  wait_for_previous();
   DYNAMIC_SHARED(shared);
   Partial<8>* spans = reinterpret_cast<Partial<8>*>(shared);  // [warp][lane]
   const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int group = n_head / n_kv_head;
-  if (row >= step[0]) return;
-  // The row's chunk is that of the last tile that does not start after it.
-  const int n_before = count_up_to(tile_row, step[2], row, lane), last = max_(0, n_before - 1);
   const int at = blockIdx.y * kActivationGroup + 8 * lane, head = at / D;
-  const int f = (row - tile_row[last]) * group + head % group;
-  const int j = last - tile_first[last] / kTileRows + f / kTileRows;
-  const bool mine = head < n_head && n_before > 0 && j <= last && f < tile_first[j] + tile_count[j];
-  const int n_splits = positions[row] / kSplitKeys + 1, n_spans = ceil_div(n_splits, kSpanSplits);
-  const int64_t stride = static_cast<int64_t>(n_kv_head) * kPartialFloats<D>;
-  const float* from =
-      workspace + (mine ? tile_item[j] * stride + static_cast<int64_t>(head / group) * kPartialFloats<D> : 0);
-  const int row_of_tile = f % kTileRows, dim = at % D;
+  const int n_rows = step[0], n_splits = positions[row] / kSplitKeys + 1, n_spans = ceil_div(n_splits, kSpanSplits);
+  const int place = head < n_head ? heads[row * group + head % group] : -1;
+  const bool mine = place >= 0;
+  // The workspace has fewer than 2^31 floats.
+  const int stride = n_kv_head * kPartialFloats<D>, row_of_tile = place % kTileRows;
+  const int from = place / kTileRows * stride + head / group * kPartialFloats<D>;
+  const int from_ml = from + 2 * row_of_tile, from_o = from + 2 * kTileRows + row_of_tile * D + at % D;
+  wait_for_previous();
+  if (row >= n_rows) return;
 
   Partial<8> total;
   total.clear();
@@ -602,26 +707,29 @@ merge_splits(const int* step, const int* tile_row, const int* tile_first, const 
       float o[kSpanSplits][8];
 #pragma unroll
       for (int i = 0; i < kSpanSplits; ++i) {
-        const float* part = from + min_(split0 + i, n_splits - 1) * stride;
-        ml[i] = *reinterpret_cast<const Float2*>(part + 2 * row_of_tile);
-        load_floats(part + 2 * kTileRows + row_of_tile * D + dim, o[i]);
+        const int split = min_(split0 + i, n_splits - 1) * stride;
+        ml[i] = *reinterpret_cast<const Float2*>(workspace + (from_ml + split));
+        load_floats(workspace + (from_o + split), o[i]);
       }
 #pragma unroll
       for (int i = 0; i < kSpanSplits; ++i)
-        if (split0 + i < n_splits) span.merge(ml[i].x, ml[i].y, o[i], scale);
+        span.merge(split0 + i < n_splits ? ml[i].x : -kInfinity, ml[i].y, o[i], scale);
     }
-    if (warp > 0) spans[threadIdx.x] = span;
-    sync_block();
+    if (n_spans > 1) {
+      if (warp > 0) spans[threadIdx.x] = span;
+      sync_block();
+    }
     if (warp == 0) {
       total.merge(span, scale);
       for (int w = 1; w < min_(kMergeWarps, n_spans - first); ++w) total.merge(spans[32 * w + lane], scale);
     }
-    sync_block();
+    if (first + kMergeWarps < n_spans) sync_block();
   }
   if (warp > 0) return;
+  const Divisor sum(total.l);
   float x[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = mine ? div_(total.o[i], total.l) : 0.0f;
+  for (int i = 0; i < 8; ++i) x[i] = mine ? sum.divide(total.o[i]) : 0.0f;
   const int width = n_head * D;
   if (out && at < width) store_floats(out + static_cast<int64_t>(row) * width + at, x);
   const int64_t to = static_cast<int64_t>(row) * ceil_div(width, kActivationGroup) + blockIdx.y;

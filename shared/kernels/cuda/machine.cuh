@@ -124,8 +124,8 @@ DEVICE void copy_wait() {
 }
 
 // Programmatic dependent launch. Every kernel calls wait_for_previous before it touches what an earlier kernel of the
-// stream wrote, or writes what one reads; only weights may be loaded before it. Without the launch attribute, and
-// before compute capability 9.0, both do nothing.
+// stream wrote, or writes what one reads; only weights, and a pass's inputs, which a copy wrote before its first kernel,
+// may be loaded before it. Without the launch attribute, and before compute capability 9.0, both do nothing.
 DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -143,6 +143,7 @@ DEVICE int shuffle_xor(int x, int mask) { return __shfl_xor_sync(FULL_WARP, x, m
 DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(FULL_WARP, x, mask); }
 DEVICE uint64_t shuffle_xor(uint64_t x, int mask) { return __shfl_xor_sync(FULL_WARP, x, mask); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(FULL_WARP, x, lane); }
+DEVICE double shuffle(double x, int lane) { return __shfl_sync(FULL_WARP, x, lane); }
 DEVICE int shuffle(int x, int lane) { return __shfl_sync(FULL_WARP, x, lane); }
 DEVICE uint32_t vote(bool x) { return __ballot_sync(FULL_WARP, x); }
 DEVICE void sync_warp() { __syncwarp(); }

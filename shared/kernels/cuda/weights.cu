@@ -9,7 +9,8 @@
 //                           grid (ceil(padded rows * n_blocks / 256), n_matrices)
 // dequantize<Codec>         tiles -> out [n_matrices, n_rows, k] float by Codec::value; grid (n_rows, n_matrices)
 // dequantize_groups<Codec>  the same through Codec::Row, as products read it: the same floats; not for dense types
-// embed<Codec>              x[row] = row tokens[row] of a matrix, for row < step[0]; x [grid, k] float; grid (rows)
+// embed<Codec>              x[row] = row tokens[row] of a matrix, or chosen[row] where that is negative, for
+//                           row < step[0]; x [grid, k] float; grid (rows)
 // All in blocks of 256 threads.
 #include "codecs/all.cuh"
 
@@ -101,10 +102,11 @@ dequantize_groups(const uint8_t* tiles, float* out, int n_rows, int k) {
 
 template <class Codec>
 KERNEL(256, 1)
-embed(const int* step, const int* tokens, const uint8_t* tiles, float* x, int k) {
+embed(const int* step, const int* tokens, const int* chosen, const uint8_t* tiles, float* x, int k) {
   wait_for_previous();
   launch_next();
   const int row = blockIdx.x;
   if (row >= step[0]) return;
-  decode_row<Codec>(tiles, tokens[row], k, x + static_cast<int64_t>(row) * k);
+  const int token = tokens[row] < 0 ? chosen[row] : tokens[row];
+  decode_row<Codec>(tiles, token, k, x + static_cast<int64_t>(row) * k);
 }

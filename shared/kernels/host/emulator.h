@@ -614,6 +614,9 @@ EMULATOR_SHUFFLE_XOR(uint64_t)
 DEVICE float shuffle(float x, int lane, EMULATOR_PLACE) {
   return emulator::shuffle_from(x, static_cast<unsigned>(lane), {"shuffle", file, line});
 }
+DEVICE double shuffle(double x, int lane, EMULATOR_PLACE) {
+  return emulator::shuffle_from(x, static_cast<unsigned>(lane), {"shuffle", file, line});
+}
 DEVICE int shuffle(int x, int lane, EMULATOR_PLACE) {
   return emulator::shuffle_from(x, static_cast<unsigned>(lane), {"shuffle", file, line});
 }
