@@ -98,6 +98,7 @@ def bench_engine(
     decode_tokens: int = 32,
     rows: Sequence[int] = tuple(range(1, 17)),
     repeats: int = 7,
+    random_tokens: bool = False,
     load: Callable[[EngineSettings], Engine] = load_engine,
 ) -> EngineBench:
     """Load an engine, measure it and close it.
@@ -107,10 +108,12 @@ def bench_engine(
         prefills: lengths of prompts.
         rows: how many rows to measure; 1 is added where it is missing.
         repeats: measurements of everything, after one that does not count.
+        random_tokens: passes of rows take fresh random tokens, for models with random weights: their continuation
+            repeats itself, and so do its experts.
         load: builds the engine.
 
-    The prompt is pseudo-random; what is decoded and verified is the model's own greedy continuation, so that expert
-    selection is as it is in use.
+    The prompt is pseudo-random; what is decoded and, unless told otherwise, verified is the model's own greedy
+    continuation, so that expert selection is as it is in use.
 
     Raises:
         EngineError: the sizes do not fit the engine's context or batch.
@@ -136,7 +139,8 @@ def bench_engine(
         prompt = np.random.default_rng(0).integers(0, info.n_vocab, max(*prefills, *contexts)).astype(np.int32)
         prefill_costs = _prefill_costs(engine, prompt, prefills, repeats)
         context_costs = tuple(
-            _context_cost(engine, prompt[:context], decode_tokens, n_tokens, rows, repeats) for context in contexts
+            _context_cost(engine, prompt[:context], decode_tokens, n_tokens, rows, repeats, random_tokens)
+            for context in contexts
         )
     finally:
         engine.close()
@@ -155,7 +159,13 @@ def _prefill_costs(engine: Engine, prompt: Int32, lengths: Sequence[int], repeat
 
 
 def _context_cost(
-    engine: Engine, prompt: Int32, decode_tokens: int, n_tokens: int, rows: Sequence[int], repeats: int
+    engine: Engine,
+    prompt: Int32,
+    decode_tokens: int,
+    n_tokens: int,
+    rows: Sequence[int],
+    repeats: int,
+    random_tokens: bool,
 ) -> ContextCost:
     """Decoding and passes of rows after `prompt`; the greedy continuation is `n_tokens` long."""
     context = len(prompt)
@@ -167,7 +177,12 @@ def _context_cost(
         started = time.perf_counter()
         _decode(engine, context, first, decode_tokens)
         per_second.append(decode_tokens / (time.perf_counter() - started))
-    return ContextCost(context, Spread.of(per_second), _row_costs(engine, context, continuation, rows, repeats))
+    rng = np.random.default_rng(1)
+
+    def draw(n: int) -> Int32:
+        return rng.integers(0, engine.info.n_vocab, n).astype(np.int32) if random_tokens else continuation[:n]
+
+    return ContextCost(context, Spread.of(per_second), _row_costs(engine, context, draw, rows, repeats))
 
 
 def _prefill(engine: Engine, tokens: Int32) -> Int32:
@@ -194,14 +209,17 @@ def _decode(engine: Engine, context: int, token: Int32, n: int) -> Int32:
     return out
 
 
-def _row_costs(engine: Engine, context: int, tokens: Int32, rows: Sequence[int], repeats: int) -> tuple[RowCost, ...]:
+def _row_costs(
+    engine: Engine, context: int, draw: Callable[[int], Int32], rows: Sequence[int], repeats: int
+) -> tuple[RowCost, ...]:
     forward: dict[int, list[float]] = {n: [] for n in rows}
     read: dict[int, list[float]] = {n: [] for n in rows}
     for repeat in range(repeats + 1):
         for n in rows:
             engine.truncate(0, context)
+            tokens = draw(n)
             started = time.perf_counter()
-            logits = engine.forward([Chunk(0, context, tokens[:n], n)])
+            logits = engine.forward([Chunk(0, context, tokens, n)])
             computed = time.perf_counter()
             logits.top(READ_TOP)
             logits.log_sum_exp()

@@ -251,7 +251,8 @@ def demo(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Most tokens to generate.")] = 96,
     draft: Annotated[str, typer.Option("--draft", metavar="none|model|ngram", help="Who drafts.")] = "model",
     engine: Annotated[
-        str, typer.Option("--engine", metavar="auto|ik|numpy", help="Engine of the target and of the draft model.")
+        str,
+        typer.Option("--engine", metavar="auto|ik|numpy|cuda", help="Engine of the target and of the draft model."),
     ] = "auto",
     config: ConfigOption = None,
     overrides: SetOption = None,
@@ -446,6 +447,9 @@ def bench_engine_command(
         str, typer.Option("--rows", metavar="LIST", help="Rows of a pass; one row is always measured.")
     ] = "1-16",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measurements of everything.")] = 7,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="Passes of rows take random tokens, for models with random weights.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures to FILE as well.")
     ] = None,
@@ -477,7 +481,13 @@ def bench_engine_command(
     if json_file is not None:
         write_json(json_file, None)  # what cannot be written is better known before than after the measurement
     bench = bench_engine(
-        settings, contexts=contexts, prefills=prefills, decode_tokens=decode, rows=row_counts, repeats=repeats
+        settings,
+        contexts=contexts,
+        prefills=prefills,
+        decode_tokens=decode,
+        rows=row_counts,
+        repeats=repeats,
+        random_tokens=random_tokens,
     )
     print_engine_bench(bench)
     if json_file is not None:

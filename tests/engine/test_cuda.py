@@ -822,7 +822,7 @@ def test_greedy_text_is_the_numpy_engine_s(name: str, model: str, n: int, make_e
     """Along the numpy engine's greedy continuation, the same token is best at every position but near-ties, and the
     rows are close: 5 % in the median, with a divergence of 0.005."""
     require(name)
-    engine = make_engine(name, model, n_ctx=64, n_slots=2, n_batch=8)
+    engine = make_engine(name, model, n_ctx=128, n_slots=2, n_batch=8)
     vocabulary = Vocabulary.open(resolve_model(model))
     tokens = [0, *vocabulary.encode(PROMPT, parse_special=False, add_bos=False).tolist()]
     reference = numpy_engine(resolve_model(model), n_ctx=128)

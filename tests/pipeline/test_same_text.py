@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from shared.kernels.gpu import cuda_unavailable
 from tests.pipeline.fleet import MODES, N_TOKENS, Completion, Fleet, Process, collect, running_fleet
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(900)]
 
-NUMPY_TARGET = (
-    "verifier.engine.engine=numpy",
+TARGET = (
     "verifier.engine.n_slots=4",
     "verifier.engine.n_ctx=512",
     "verifier.engine.n_batch=160",
@@ -21,6 +22,25 @@ NUMPY_TARGET = (
     "verifier.prefill_chunk=64",
 )
 CONCURRENT = 3
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What computes: settings of the target, and of a draft worker's engine."""
+
+    target: tuple[str, ...]
+    draft: str
+
+    def worker(self, instance: str) -> str:
+        """The setting that gives a draft worker its engine."""
+        return f"draft.{instance}.engine.{self.draft}"
+
+
+# Both models of the pair on the CPU, the target with an engine whose rows do not depend on the batch; or on a GPU.
+ENGINES = {
+    "numpy": Engines(("verifier.engine.engine=numpy", *TARGET), "threads=1"),
+    "cuda": Engines(("verifier.engine.engine=cuda", *TARGET), "engine=cuda"),
+}
 
 Texts = dict[tuple[str, int], Completion]
 
@@ -55,10 +75,17 @@ def assert_same(texts: Texts, plain: Texts) -> None:
         assert completion.text == plain[job].text, job
 
 
+@pytest.fixture(scope="module", params=["numpy", pytest.param("cuda", marks=pytest.mark.gpu)])
+def engines(request: pytest.FixtureRequest) -> Engines:
+    if request.param == "cuda" and (reason := cuda_unavailable()) is not None:
+        pytest.skip(str(reason))
+    return ENGINES[request.param]
+
+
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Fleet]:
-    drafts = ("draft.model.engine.threads=1", "draft.ngram.drafter=ngram", "draft.garbage.drafter=garbage")
-    with running_fleet(*NUMPY_TARGET, *drafts, "router.window=16") as running:
+def fleet(engines: Engines) -> Iterator[Fleet]:
+    drafts = (engines.worker("model"), "draft.ngram.drafter=ngram", "draft.garbage.drafter=garbage")
+    with running_fleet(*engines.target, *drafts, "router.window=16") as running:
         yield running
 
 
@@ -99,20 +126,20 @@ def test_garbage_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: 
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_window_changes_nothing(prompts: list[str], plain: Texts, window: int) -> None:
+def test_window_changes_nothing(engines: Engines, prompts: list[str], plain: Texts, window: int) -> None:
     """However far the draft may run ahead, the text is the target's own."""
-    with running_fleet(*NUMPY_TARGET, "draft.model.engine.threads=1", f"router.window={window}") as other:
+    with running_fleet(*engines.target, engines.worker("model"), f"router.window={window}") as other:
         texts = run_all(other, prompts, complete, draft="model")
     assert_same(texts, plain)
     assert accepted(texts) > 0
 
 
-def test_killed_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts) -> None:
+def test_killed_draft_changes_nothing(engines: Engines, fleet: Fleet, prompts: list[str], plain: Texts) -> None:
     """A draft worker killed in mid-generation changes no token; pinned to it, the session goes on alone."""
     workers: list[Process] = []
     try:
         for (mode, index), expected in plain.items():
-            victim = fleet.start_draft("victim", "draft.victim.engine.threads=1")
+            victim = fleet.start_draft("victim", engines.worker("victim"))
             workers.append(victim)
             longer = {"n_predict": 3 * N_TOKENS}  # so that the kill comes well before the end
             events = fleet.stream(prompts[index], **MODES[mode], **longer, seed=1000 + index, draft="victim")
@@ -136,10 +163,10 @@ def killing(victim: Process, events: Iterator[dict[str, Any]], after: int) -> It
         yield event
 
 
-def test_killed_draft_is_replaced(prompts: list[str], plain: Texts) -> None:
+def test_killed_draft_is_replaced(engines: Engines, prompts: list[str], plain: Texts) -> None:
     """When the worker of an unpinned session is killed, another one takes over in mid-generation."""
-    with running_fleet(*NUMPY_TARGET, "draft={}", "router.window=16") as bare:
-        workers = {name: bare.start_draft(name, f"draft.{name}.engine.threads=1") for name in ("first", "second")}
+    with running_fleet(*engines.target, "draft={}", "router.window=16") as bare:
+        workers = {name: bare.start_draft(name, engines.worker(name)) for name in ("first", "second")}
         try:
             events = bare.stream(prompts[0], **MODES["greedy"], seed=1000, n_predict=400)
             head = [next(events)]

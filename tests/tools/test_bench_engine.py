@@ -69,6 +69,14 @@ def test_several_contexts_and_prefills() -> None:
     assert prefilled == [(0, 4, 1), (0, 32, 0), (32, 8, 1)] * 3
 
 
+def test_random_tokens_are_fresh_in_every_pass() -> None:
+    """With random_tokens no two passes of rows are alike; without, all of one size are."""
+    for random_tokens, n in ((False, 1), (True, 4)):
+        engine = Recorder(SETTINGS)
+        bench_engine(SETTINGS, **SIZES, rows=(6,), random_tokens=random_tokens, load=lambda _, e=engine: e)
+        assert len({tokens for _, tokens, rows in engine.passes if rows == 6}) == n
+
+
 def test_the_table_gives_total_and_spread() -> None:
     """Per context a table of at most 80 columns, with forward, read and total times, and the figures above it."""
     bench = bench_engine(SETTINGS, **{**SIZES, "contexts": (0, 8)}, rows=(4, 2))

@@ -46,7 +46,7 @@ class CudaEngine:
 
     Raises:
         ModelError: the model is missing, damaged, or not one that this engine computes.
-        EngineError: there is no usable GPU (code no_gpu), a setting cannot be honoured (bad_settings), or the GPU's
+        EngineError: there is no usable GPU (code device_failed), a setting cannot be honoured (bad_settings), or the GPU's
             memory does not suffice (out_of_memory).
     """
 
