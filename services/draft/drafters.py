@@ -16,7 +16,7 @@ import numpy as np
 from services.draft.session import DraftSession
 from shared.engine.interface import Chunk, Engine, Proposer
 from shared.engine.ngram import NgramIndex
-from shared.engine.slots import SlotTable
+from shared.engine.slots import SlotTable, with_eviction
 from shared.sampling.drafting import DraftToken, draft
 from shared.service import monotonic_us
 from shared.settings import DrafterKind
@@ -57,6 +57,9 @@ class Drafter(Protocol):
         """One turn for sessions with room: append what is drafted; returns the sessions that got tokens.
 
         May do only a part (a long prompt takes several turns) or nothing (no n-gram matches).
+
+        Raises:
+            EngineError: OUT_OF_PAGES: there is no room for them all, and nothing has changed; another code is fatal.
         """
 
     def shut(self) -> None:
@@ -96,6 +99,7 @@ class ModelDrafter:
         return True
 
     def close(self, session: DraftSession) -> None:
+        self._engine.truncate(session.slot, session.cached)  # what the table does not know of, it could not evict
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
 
     def draft(self, sessions: Sequence[DraftSession]) -> list[DraftSession]:
@@ -120,7 +124,7 @@ class ModelDrafter:
         ):
             self._propose(self._proposer, chunks, taking_part, started)
             return taking_part
-        logits = self._engine.forward(chunks)
+        logits = with_eviction(self._engine, self._slots, lambda: self._engine.forward(chunks))
         row = 0
         drafting: list[tuple[DraftSession, DraftToken | None, int]] = []
         for session, chunk in zip(taking_part, chunks, strict=True):
@@ -145,7 +149,8 @@ class ModelDrafter:
     ) -> None:
         """Several tokens for each session, whose chunks end its prefix."""
         n = min(PROPOSED_AT_A_TIME, proposer.max_proposals, *(session.room for session in sessions))
-        proposed = proposer.propose(chunks, [session.sampling for session in sessions], n)
+        sampling = [session.sampling for session in sessions]
+        proposed = with_eviction(self._engine, self._slots, lambda: proposer.propose(chunks, sampling, n))
         spent = monotonic_us() - started
         for i, (session, chunk) in enumerate(zip(sessions, chunks, strict=True)):
             _count(session, len(chunk.tokens), spent)

@@ -11,6 +11,8 @@ from typing import Any
 from services.draft.drafters import Drafter
 from services.draft.session import DraftSession, LostCommit
 from shared import trace
+from shared.engine.slots import OUT_OF_PAGES
+from shared.errors import EngineError
 from shared.messages import MAX_CONTEXT, Close, Commit, Error, Message, OpenDraft
 
 Emit = Callable[[Sequence[Message]], None]
@@ -52,12 +54,27 @@ class Worker:
         if not ready:
             return False
         starts = {s.id: len(s.prefix) for s in ready}
-        drafted = self._drafter.draft(ready)
+        try:
+            drafted = self._drafter.draft(ready)
+        except EngineError as error:
+            if error.code != OUT_OF_PAGES:
+                raise
+            self._no_room(error)
+            return True
         if drafted:
             for session in drafted:
                 trace.mark("draft.drafted", session.id, starts[session.id])
             self._emit([session.proposal(starts[session.id]) for session in drafted])
         return True
+
+    def _no_room(self, error: EngineError) -> None:
+        """End the session that was opened last, also one that is waiting for a commit: it holds pages all the same.
+
+        It has the least computed, and as none gives way to a newer one, the oldest goes on.
+        """
+        newest = next(reversed(self._sessions))
+        self._close(newest)
+        self._emit([Error(newest, error.code, error.message, error.remedy)])
 
     def _open(self, message: OpenDraft) -> None:
         self._close(message.session)

@@ -30,6 +30,7 @@ _STATUS_OF_CODE: Final = {
     "draining": 503,
     "lost_commit": 503,
     "no_verifier": 503,
+    "out_of_pages": 503,
     "overloaded": 503,
     "verifier_lost": 502,
 }

@@ -16,7 +16,8 @@ from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
-from shared.engine.slots import SlotTable
+from shared.engine.slots import OUT_OF_PAGES, SlotTable, with_eviction
+from shared.errors import EngineError
 from shared.messages import Close, Commit, Error, FinishReason, Limits, Message, OpenTarget, Proposal
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
@@ -43,11 +44,13 @@ class Stepper:
         self._slots = SlotTable(engine.info.n_slots, align=1 if engine.info.row_invariant else self._prefill_chunk)
         self._waiting: dict[int, TargetSession] = {}  # in the order of arrival
         self._running: dict[int, TargetSession] = {}
+        self._full = False
+        """A session was refused for want of room, and none has ended since."""
         self._out: list[Message] = []
 
     @property
     def busy(self) -> bool:
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     @property
     def n_sessions(self) -> int:
@@ -89,7 +92,14 @@ class Stepper:
             taking_part.append((session, share))
         trace.mark("verifier.planned")
         started = monotonic_us()
-        logits = self._engine.forward(chunks)
+        try:
+            logits = with_eviction(self._engine, self._slots, lambda: self._engine.forward(chunks))
+        except EngineError as error:
+            if error.code != OUT_OF_PAGES:
+                raise
+            self._no_room(error, taking_part[-1][0])
+            self.flush()
+            return
         trace.mark("verifier.computed")
         deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
         question = self._sampler.question(deciding, logits) if deciding else None
@@ -124,6 +134,18 @@ class Stepper:
                 self._commit(session, verdict.tokens, verdict.n_accepted, verdict.finish)
         self.flush()
 
+    def _no_room(self, error: EngineError, newest: TargetSession) -> None:
+        """End the session of the step that was opened last; the others take their step again.
+
+        It is the one with the least computed and waited for; and since none gives way to a newer one, the oldest goes
+        on, and the others after it. No session is started in its place before another one has ended.
+        """
+        retry_s = 1 if len(self._running) > 1 else 0
+        self._out.append(Error(newest.id, error.code, error.message, error.remedy, retry_s))
+        self._release(newest)
+        self._sampler.close([newest.id])
+        self._full = bool(self._running)
+
     def _refused(self, refusal: StepRefused, taking_part: Sequence[tuple[TargetSession, policy.Share]]) -> None:
         """End the sessions that cannot be decided; for the others it is as if the step had not been."""
         for session, share in taking_part:
@@ -150,7 +172,7 @@ class Stepper:
         self._waiting[session.id] = session
 
     def _admit(self) -> None:
-        while self._waiting and self._slots.n_free:
+        while self._waiting and self._slots.n_free and not self._full:
             session = next(iter(self._waiting.values()))
             prompt = np.array(session.prefix.tokens, np.int32)
             placement = self._slots.acquire(session.id, prompt)
@@ -208,5 +230,7 @@ class Stepper:
             self._out.append(Error(session_id, "unknown_session", "the verifier does not hold this session", "", 0))
 
     def _release(self, session: TargetSession) -> None:
+        self._full = False
+        self._engine.truncate(session.slot, session.cached)  # what the table does not know of, it could not evict
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
         del self._running[session.id]

@@ -3,20 +3,26 @@
 `SlotTable` is plain bookkeeping without an engine: it remembers the tokens that each slot's KV cache holds, also after
 its session has ended, and places a new session where most of its prompt is already computed. Its one invariant: what
 a `Placement` promises to be cached is a prefix of what the named slot really holds, and leaves at least the prompt's
-last token to compute, since a session needs that token's logits.
+last token to compute, since a session needs that token's logits. `with_eviction` gives up what ended sessions have left
+where an engine needs the room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from shared.engine.interface import Chunk, Int32
+from shared.engine.interface import Chunk, Engine, Int32
 from shared.errors import EngineError
 
+OUT_OF_PAGES = "out_of_pages"
+"""The code of an engine that has no room for a batch now, and has changed nothing."""
+
 _EMPTY: Int32 = np.empty(0, np.int32)
+_T = TypeVar("_T")
 
 
 def check_chunks(chunks: Sequence[Chunk], lengths: Sequence[int], n_ctx: int, n_batch: int) -> int:
@@ -184,9 +190,34 @@ class SlotTable:
         slot = self._slots.pop(session)
         self._busy[slot] = False
 
+    def evict(self) -> int | None:
+        """Forget what the idle slot used least recently holds; the caller truncates it. None: no idle one holds any."""
+        idle = [slot for slot, busy in enumerate(self._busy) if not busy and len(self._cached[slot])]
+        if not idle:
+            return None
+        slot = min(idle, key=lambda s: self._last_use[s])
+        self._cached[slot] = _EMPTY
+        return slot
+
     def _touch(self, slot: int) -> None:
         self._clock += 1
         self._last_use[slot] = self._clock
+
+
+def with_eviction(engine: Engine, table: SlotTable, compute: Callable[[], _T]) -> _T:
+    """Compute a pass; as long as the engine has no room for it, empty one idle slot and try again.
+
+    Raises:
+        EngineError: what `compute` raises; OUT_OF_PAGES once no idle slot holds anything.
+    """
+    while True:
+        try:
+            return compute()
+        except EngineError as error:
+            slot = table.evict() if error.code == OUT_OF_PAGES else None
+            if slot is None:
+                raise
+            engine.truncate(slot, 0)
 
 
 def common_prefix(a: Int32, b: Int32) -> int:

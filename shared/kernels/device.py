@@ -1,8 +1,8 @@
 """Where kernels run: memory, launches and graphs behind one small interface.
 
-`CudaDevice` (gpu.py) is an NVIDIA GPU through CuPy; `HostDevice` (host.py) compiles the same kernel sources with g++
-and runs a grid on the CPU, thread by thread, so that kernels and the engine around them are tested where there is no
-GPU. Everything is ordered on one stream: a copy or a launch sees what was asked for before it.
+`CudaDevice` (gpu.py) is an NVIDIA GPU through CuPy; `HostDevice` (host/device.py) compiles the same kernel sources
+with g++ and runs a grid on the CPU, thread by thread, so that kernels and the engine around them are tested where there
+is no GPU. Everything is ordered on one stream: a copy or a launch sees what was asked for before it.
 """
 
 from __future__ import annotations

@@ -31,22 +31,6 @@ MAX_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class PlainRows:
-    """Rows of a plain matrix.
-
-    count: int32 [1] in device memory, a view of step.
-    """
-
-    count: Buffer
-    max_rows: int
-    rows_per_group: int
-
-    @property
-    def max_groups(self) -> int:
-        return ceil(self.max_rows / self.rows_per_group)
-
-
-@dataclass(frozen=True, slots=True)
 class Groups:
     """Pairs of a row and one of its experts, cut into groups of one expert (experts.cu).
 

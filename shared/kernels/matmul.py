@@ -20,7 +20,7 @@ COLUMNS = (8, 16, 32, 64)
 """Rows of activations that one work item takes, as compiled."""
 
 _WARPS = 8
-_RING_BYTES = 93 * 1024
+_MOST_SHARED = 99 * 1024
 _MOST_QUANTIZED = 2048
 """Longest rows that are quantized by every block that needs them."""
 _FULL = 1024
@@ -49,16 +49,23 @@ def columns_for(n_rows: int) -> int:
 
 
 def shared_bytes(codecs: Sequence[Codec], columns: int, k: int = 0) -> int:
-    """Dynamic shared memory of a block: `Layout::kShared` in matmul.cu, and room to quantize rows of k elements."""
-    stage = 16 * max(codec.bytes for codec in codecs)
-    stages = min(6, max(2, _RING_BYTES // (_WARPS * stage)))
-    room = columns * ceil(k / GROUP) * (GROUP + 2 * SUMS + 4)
-    return _WARPS * stages * stage + _WARPS * 2 * columns * 4 + _WARPS * columns // 8 * 4 * 32 * 4 + room
+    """Dynamic shared memory of a block, at most 99 KiB: `Layout` in matmul.cu, and room to quantize rows of k elements.
+
+    k: 0 where rows are quantized already.
+    """
+    stage = _WARPS * 16 * max(codec.bytes for codec in codecs)
+    rows, sums = _WARPS * 2 * columns * 4, 0 if columns > COLUMNS[0] else _WARPS * 4 * 32 * 4
+    rest = _MOST_SHARED - rows - sums - (_rounded_bytes(_MOST_QUANTIZED) if k else 0)
+    return min(6, max(2, rest // stage)) * stage + rows + sums + _rounded_bytes(k)
 
 
-def can_quantize(matrix: Tiles, rows: Groups | PlainRows) -> bool:
+def _rounded_bytes(k: int) -> int:
+    return COLUMNS[0] * ceil(k / GROUP) * (GROUP + 2 * SUMS + 4)
+
+
+def can_quantize(matrix: Tiles, columns: int) -> bool:
     """Whether `matmul` can round the activations to 8 bits itself, which saves few rows a launch."""
-    return rows.rows_per_group == COLUMNS[0] and not matrix.codec.dense and matrix.k <= _MOST_QUANTIZED
+    return columns == COLUMNS[0] and not matrix.codec.dense and matrix.k <= _MOST_QUANTIZED
 
 
 def matmul_name(matrices: Sequence[Tiles], columns: int, quantize: bool = False) -> str:

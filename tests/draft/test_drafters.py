@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
 from shared.engine.ngram import propose
 from shared.engine.null import FIRST_ID, NullEngine, next_token
 from shared.engine.slots import check_chunks, check_prefix
+from shared.errors import EngineError
 from shared.messages import Close, Commit, Error, Message, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken, draft
@@ -92,6 +94,34 @@ class ProposingEngine(HistoryEngine):
             np.array([[d.token for d in row] for row in chosen], np.int32),
             np.array([[d.confidence for d in row] for row in chosen], np.float32),
         )
+
+
+PAGE = 4
+
+
+class PagedEngine(HistoryEngine):
+    """The first with pages of a few tokens, which all slots take from one pool."""
+
+    n_pages = 12
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        self.find_room(chunks, 0)
+        return super().forward(chunks)
+
+    def find_room(self, chunks: Sequence[Chunk], more: int) -> None:
+        lengths = [len(h) for h in self.held]
+        for chunk in chunks:
+            lengths[chunk.slot] = chunk.start + len(chunk.tokens) + more
+        if sum(-(-length // PAGE) for length in lengths) > self.n_pages:
+            raise EngineError("the pool is full", "raise kv_pages", "out_of_pages")
+
+
+class PagedProposingEngine(ProposingEngine, PagedEngine):
+    """And the second."""
+
+    def propose(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams], n: int) -> Proposed:
+        self.find_room(chunks, n - 1)
+        return super().propose(chunks, params, n)
 
 
 def row_after(text: Sequence[int]) -> np.ndarray:
@@ -296,6 +326,77 @@ def test_slots_are_given_back() -> None:
     assert harness.worker.n_sessions == 1
     harness.worker.forget_all()
     assert harness.worker.n_sessions == 0
+
+
+@pytest.mark.parametrize("engine", [PagedEngine, PagedProposingEngine])
+def test_what_ended_sessions_left_makes_room(engine: type[PagedEngine]) -> None:
+    """A session that grows beyond the free pages goes on in those of one that has ended, which nobody reuses then."""
+    harness = Harness(ModelDrafter(engine(), 8))
+    harness.open(1, range(20))
+    harness.run()
+    harness.worker.receive(Close(1))
+    harness.open(2, range(30, 50))
+    for _ in range(6):
+        harness.run()
+        assert harness.proposed(2) == greedy_after(harness.texts[2], 4)
+        harness.commit(2, [*harness.proposed(2)[:3], 1])
+    harness.worker.receive(Close(2))
+    harness.open(1, range(20))
+    harness.run()
+    assert harness.proposed(1) == greedy_after(range(20), 4)
+    assert harness.errors() == []
+
+
+@pytest.mark.parametrize("engine", [PagedEngine, PagedProposingEngine])
+def test_of_two_that_do_not_fit_the_newer_is_refused(engine: type[PagedEngine]) -> None:
+    """It ends with the engine's error, also while its window is full; the other drafts on as if alone."""
+    harness = Harness(ModelDrafter(engine(), 8))
+    harness.open(1, range(18))
+    harness.open(2, range(30, 48))
+    for _ in range(5):
+        harness.run()
+        assert harness.proposed(1) == greedy_after(harness.texts[1], 4)
+        harness.commit(1, [*harness.proposed(1)[:3], 1])
+    assert harness.errors() == [Error(2, "out_of_pages", "the pool is full", "raise kv_pages")]
+    assert harness.proposed(2) == greedy_after(range(30, 48), 4)
+    assert harness.worker.n_sessions == 1
+    harness.commit(2, [1])
+    harness.run()
+    assert len(harness.errors()) == 1
+
+
+def test_a_prompt_that_can_never_fit_is_refused() -> None:
+    """A prompt larger than the pool ends with the engine's error and leaves its slot to others."""
+    harness = Harness(ModelDrafter(PagedEngine(n_slots=1), 8))
+    harness.open(1, range(60))
+    harness.run()
+    assert [(e.ref, e.code) for e in harness.errors()] == [(1, "out_of_pages")]
+    harness.open(2, range(20))
+    harness.run()
+    assert harness.proposed(2) == greedy_after(range(20), 4)
+
+
+def test_a_closed_session_leaves_what_can_be_evicted() -> None:
+    """What its slot holds beyond the tokens that the table knows of is dropped."""
+    engine = HistoryEngine()
+    harness = Harness(ModelDrafter(engine, 8))
+    harness.open(1, range(20))
+    harness.run()
+    harness.commit(1, [63])
+    assert len(engine.held[0]) == 23
+    harness.worker.receive(Close(1))
+    assert engine.held[0] == list(range(20))
+
+
+def test_other_errors_of_the_engine_are_fatal() -> None:
+    """An engine that fails otherwise is not asked again."""
+    engine: Any = HistoryEngine()
+    harness = Harness(ModelDrafter(engine, 8))
+    harness.open(1, range(20))
+    engine.forward = Mock(side_effect=EngineError("the GPU is gone", code="device_failed"))
+    with pytest.raises(EngineError, match="the GPU is gone"):
+        harness.worker.turn()
+    assert engine.forward.call_count == 1
 
 
 def test_a_cached_prompt_is_not_computed_again() -> None:

@@ -15,12 +15,12 @@ import pytest
 
 from shared.engine.cuda import passes
 from shared.engine.cuda.engine import CudaEngine, _check_model
-from shared.engine.cuda.pages import PAGE_TOKENS
 from shared.engine.cuda.passes import MAX_CHAIN
 from shared.engine.cuda.weights import LoadingLog
 from shared.engine.dense import DenseLogits
 from shared.engine.interface import Chunk, EngineSettings, Logits
 from shared.errors import EngineError, ModelError
+from shared.kernels.attention import PAGE_TOKENS
 from shared.kernels.gpu import CudaDevice
 from shared.kernels.host.device import HostDevice
 from shared.kernels.weights import CODECS
@@ -361,6 +361,34 @@ def test_engines_for_the_same_model_agree(lab: Lab, make_engine: MakeEngine, cha
     tokens = lab.tokens[:150]
     assert_same_bits(feed(other, 0, tokens, (20, 1, 3, 17)), lab.truth[:150])
     assert_same_bits(rows(other, Chunk(0, 140, tokens[140:], 10)), lab.truth[140:150])
+
+
+@pytest.mark.gpu
+def test_dependent_launches_change_nothing(model_path: ModelPath) -> None:
+    """Kernels that start while the ones before them drain, as graphs or not, give the bits of kernels one by one."""
+    require("gpu")
+    settings = EngineSettings(model=str(model_path(MIXED)), n_ctx=512, n_slots=3, n_batch=64)
+    results = []
+    for pdl, graphs in ((False, False), (True, False), (True, True)):
+        engine = CudaEngine(settings, device=CudaDevice(pdl=pdl), graphs=graphs)
+        rng = np.random.default_rng(3)
+        lengths = [0, 0, 0]
+        out = []
+        for _ in range(150):
+            slots = [slot for slot in range(3) if rng.random() < 0.7] or [0]
+            chunks = []
+            for slot in slots:
+                start = int(rng.integers(max(0, lengths[slot] - 3), lengths[slot] + 1))
+                n = int(rng.choice([1, 1, 2, 5, 17]))
+                start = start if start + n <= 512 else 0
+                chunks.append(Chunk(slot, start, rng.integers(0, 300, n).astype(np.int32), 1))
+                lengths[slot] = start + n
+            logits = engine.forward(chunks)
+            out.append(np.concatenate([logits.dense(row) for row in range(len(chunks))]))
+        results.append(np.concatenate(out))
+        engine.close()
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
 
 
 def test_both_ways_of_attention_agree(lab: Lab, monkeypatch: pytest.MonkeyPatch, model_path: ModelPath) -> None:

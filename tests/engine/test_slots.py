@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import Mock, call
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.engine.interface import Chunk
-from shared.engine.slots import Placement, SlotTable, check_chunks, check_prefix, common_prefix
+from shared.engine.slots import Placement, SlotTable, check_chunks, check_prefix, common_prefix, with_eviction
 from shared.errors import EngineError
 
 
@@ -99,7 +102,7 @@ def test_mistakes_are_refused_by_name() -> None:
     """A second slot for a session, an unknown session and an empty prompt are errors with a code."""
     table = SlotTable(1)
     table.acquire("a", ids(1))
-    for code, call in (
+    for code, mistake in (
         ("duplicate_session", lambda: table.acquire("a", ids(1))),
         ("empty_chunk", lambda: table.acquire("b", ids())),
         ("unknown_session", lambda: table.release("b", ids())),
@@ -107,7 +110,7 @@ def test_mistakes_are_refused_by_name() -> None:
         ("bad_slot", lambda: SlotTable(0)),
     ):
         with pytest.raises(EngineError) as caught:
-            call()
+            mistake()
         assert caught.value.code == code
 
 
@@ -119,6 +122,40 @@ def test_callers_may_reuse_their_arrays() -> None:
     table.release("a", tokens)
     tokens[:] = 7
     assert table.acquire("b", run(0, 51)) == Placement(0, 0, 50)
+
+
+def test_idle_slots_are_evicted_from_the_one_unused_for_longest() -> None:
+    """Each once, in the order of their last use; neither a running session's nor an empty one."""
+    table = SlotTable(4)
+    for session, first in (("a", 0), ("b", 1000), ("c", 2000), ("d", 3000)):
+        table.acquire(session, run(first, first + 100))
+    assert table.evict() is None
+    for session, first in (("c", 2000), ("a", 0)):
+        table.release(session, run(first, first + 100))
+    table.release("d", ids())
+    assert [table.evict() for _ in range(3)] == [2, 0, None]
+    assert table.cached(0).tolist() == []
+    assert table.acquire("e", run(2000, 2100)) == Placement(2, 2, 0)
+
+
+def test_idle_slots_are_emptied_until_a_pass_fits() -> None:
+    """One a try, and no more than it takes; what then does not fit, or fails otherwise, is the engine's own error."""
+    table = SlotTable(3)
+    for session, first in (("a", 0), ("b", 1000), ("c", 2000)):
+        table.acquire(session, run(first, first + 10))
+    for session, first in (("a", 0), ("b", 1000), ("c", 2000)):
+        table.release(session, run(first, first + 10))
+    engine: Any = Mock()
+    full = EngineError("the pool is full", code="out_of_pages")
+    assert with_eviction(engine, table, Mock(side_effect=[full, full, "logits"])) == "logits"
+    assert engine.truncate.call_args_list == [call(0, 0), call(1, 0)]
+    with pytest.raises(EngineError) as caught:
+        with_eviction(engine, table, Mock(side_effect=EngineError("no such slot", code="bad_slot")))
+    assert caught.value.code == "bad_slot"
+    with pytest.raises(EngineError) as caught:
+        with_eviction(engine, table, Mock(side_effect=full))
+    assert caught.value is full
+    assert engine.truncate.call_args_list[2:] == [call(2, 0)]
 
 
 short = st.lists(st.integers(0, 1), max_size=12)
@@ -135,11 +172,14 @@ def test_common_prefix_is_the_longest(a: list[int], b: list[int]) -> None:
 @given(
     st.integers(1, 4),
     st.integers(1, 4),
-    st.lists(st.tuples(st.sampled_from(["acquire", "record", "release"]), st.integers(0, 3), short), max_size=40),
+    st.lists(
+        st.tuples(st.sampled_from(["acquire", "record", "release", "evict"]), st.integers(0, 3), short), max_size=40
+    ),
 )
 def test_placements_only_promise_what_slots_hold(n_slots: int, min_copy: int, steps: list) -> None:
     """Against an engine that does as told: no slot is given twice, every reused prefix is really in its slot and leaves
-    a token to compute, and a refusal means that all slots are in use."""
+    a token to compute, and a refusal means that all slots are in use. Only what an idle slot holds is evicted, and
+    it is promised to no one afterwards."""
     table = SlotTable(n_slots, min_copy=min_copy)
     holds: list[list[int]] = [[] for _ in range(n_slots)]
     running: dict[int, tuple[int, list[int]]] = {}
@@ -167,6 +207,14 @@ def test_placements_only_promise_what_slots_hold(n_slots: int, min_copy: int, st
             slot, _ = running.pop(session)
             holds[slot] = tokens
             table.release(session, ids(*tokens))
+        elif action == "evict":
+            idle = set(range(n_slots)) - {s for s, _ in running.values()}
+            evicted = table.evict()
+            assert (evicted is None) == (not any(holds[s] for s in idle))
+            if evicted is not None:
+                assert evicted in idle
+                assert holds[evicted]
+                holds[evicted] = []
         for slot, held in enumerate(holds):
             assert table.cached(slot).tolist() == held
         assert table.n_free == n_slots - len(running)

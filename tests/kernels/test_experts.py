@@ -13,7 +13,6 @@ from shared.kernels.device import Device
 from shared.kernels.experts import (
     Groups,
     Handover,
-    PlainRows,
     expert_scores,
     norm_scores_select,
     norm_scores_select_name,
@@ -244,12 +243,6 @@ def test_one_expert_per_row(device: Device) -> None:
     for rows in (1, 5, 33):
         scores = random_scores(rows, 3)
         assert_selection(run_select(device, scores, 1), scores)
-
-
-def test_plain_rows_round_up(device: Device) -> None:
-    """Groups of a plain matrix."""
-    count = step_of(device, 5).view(0, (1,))
-    assert [PlainRows(count, rows, 8).max_groups for rows in (1, 8, 9, 33)] == [1, 1, 2, 5]
 
 
 # --- one kernel for a few rows ---------------------------------------------------------------------------------------

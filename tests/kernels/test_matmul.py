@@ -20,6 +20,7 @@ from shared.kernels.matmul import (
     matmul,
     matmul_name,
     n_splits,
+    shared_bytes,
 )
 from shared.kernels.norm import quantize
 from shared.kernels.weights import CODECS, Tiles, codec_of, repack
@@ -214,8 +215,8 @@ def test_experts_rows_are_the_same_in_any_group(device: Device) -> None:
 def test_rows_quantized_on_the_way_give_the_same_bits(device: Device, quant: QuantType, k: int) -> None:
     """For plain matrices and for experts, with rows that a group's columns do not fill."""
     matrix, x = Matrix(device, quant, 32, k), Rows(device, 5, k)
-    assert can_quantize(matrix.tiles, plain(device, 5))
-    assert not can_quantize(matrix.tiles, plain(device, 9))
+    assert can_quantize(matrix.tiles, 8)
+    assert not can_quantize(matrix.tiles, 16)
     assert_same_bits(
         run(device, [matrix], x, plain(device, 5), 5), run(device, [matrix], x, plain(device, 5), 5, quantized=False)
     )
@@ -226,6 +227,13 @@ def test_rows_quantized_on_the_way_give_the_same_bits(device: Device, quant: Qua
     assert_same_bits(before, run(device, [stack], x, groups, 9, n_used=3, quantized=False))
 
 
+def test_every_instance_fits_every_gpu() -> None:
+    """No block asks for more shared memory than the smallest GPU gives one: 99 KiB."""
+    for codec in CODECS.values():
+        assert all(shared_bytes([codec], columns) <= 99 * 1024 for columns in COLUMNS)
+        assert codec.dense or shared_bytes([codec], 8, 2048) <= 99 * 1024
+
+
 def test_how_a_row_is_split_follows_from_the_shape() -> None:
     """Few tiles are split among more warps, but never into more parts than a row has superblocks."""
     assert n_splits(9496, 8, 8) == 1
@@ -233,6 +241,15 @@ def test_how_a_row_is_split_follows_from_the_shape() -> None:
     assert n_splits(4, 2, 8) == 2
     assert n_splits(4, 1, 8) == 1
     assert n_splits(4, 100, 4) == 4
+
+
+def test_plain_rows_round_up(device: Device) -> None:
+    """Groups of a plain matrix: of the compiled width that holds all rows, or several of the largest."""
+    count = step_of(device, 5).view(0, (1,))
+    cases = {1: (8, 1), 8: (8, 1), 9: (16, 1), 33: (64, 1), 64: (64, 1), 65: (64, 2), 512: (64, 8)}
+    for max_rows, (columns, groups) in cases.items():
+        rows = PlainRows(count, max_rows)
+        assert (rows.rows_per_group, rows.max_groups) == (columns, groups)
 
 
 def test_names_of_instances(device: Device) -> None:

@@ -19,6 +19,7 @@ from shared.engine.dense import DenseLogits
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings
 from shared.engine.null import NullEngine, next_token
 from shared.engine.slots import check_chunks, check_prefix
+from shared.errors import EngineError
 from shared.messages import (
     Close,
     CloseSampling,
@@ -85,6 +86,25 @@ class HistoryEngine:
 
     def close(self) -> None:
         self.held = []
+
+
+PAGE = 4
+
+
+class PagedEngine(HistoryEngine):
+    """The same with pages of a few tokens, which all slots take from one pool."""
+
+    def __init__(self, n_pages: int, n_slots: int, n_ctx: int = 128, n_batch: int = 40) -> None:
+        super().__init__(n_slots, n_ctx, n_batch)
+        self.n_pages = n_pages
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        lengths = [len(h) for h in self.held]
+        for chunk in chunks:
+            lengths[chunk.slot] = chunk.start + len(chunk.tokens)
+        if sum(-(-length // PAGE) for length in lengths) > self.n_pages:
+            raise EngineError("the pool is full", "raise kv_pages", "out_of_pages")
+        return super().forward(chunks)
 
 
 class DirectLink:
@@ -190,6 +210,16 @@ class World:
             self.stepper.step()
         raise AssertionError("the sessions never end")
 
+    def draft_badly(self, expected: dict[int, list[int]], chance: random.Random) -> None:
+        """Now and then propose to a session how its text goes on, often with a mistake."""
+        for session, text in expected.items():
+            done = len(self.generated(session))
+            run = text[done : done + chance.randint(1, 6)]
+            if run and chance.random() < 0.8:
+                if chance.random() < 0.5:
+                    run[chance.randrange(len(run))] = chance.randrange(N_VOCAB)
+                self.propose(session, run)
+
 
 MakeWorld = Callable[..., World]
 
@@ -282,17 +312,7 @@ def test_no_draft_changes_the_text(
     world = make_world(n_slots=3, n_max=n_max)
     for session, tokens in enumerate(prompts):
         world.open(session, tokens, sampling=sampling, max_tokens=20)
-
-    def draft() -> None:
-        for session, text in enumerate(expected):
-            done = len(world.generated(session))
-            run = text[done : done + chance.randint(1, 6)]
-            if run and chance.random() < 0.8:
-                if chance.random() < 0.5:
-                    run[chance.randrange(len(run))] = chance.randrange(N_VOCAB)
-                world.propose(session, run)
-
-    world.run(draft)
+    world.run(lambda: world.draft_badly(dict(enumerate(expected)), chance))
     for session, text in enumerate(expected):
         assert world.generated(session) == text
         stats = world.stats(session)
@@ -448,6 +468,126 @@ def test_a_shared_prompt_is_computed_once(world: World) -> None:
     assert world.stats(2).n_cached >= 36
     assert world.stats(3).n_cached == 36
     assert world.engine.n_computed - computed < 40
+
+
+# -- room --
+
+
+def paged(make_world: MakeWorld, n_pages: int, n_slots: int = 2) -> World:
+    world = make_world()
+    world.engine = PagedEngine(n_pages, n_slots)
+    world.build()
+    return world
+
+
+def test_what_ended_sessions_left_makes_room(make_world: MakeWorld) -> None:
+    """A session that grows beyond the free pages goes on in those of one that has ended, which nobody reuses then."""
+    world = paged(make_world, n_pages=12)
+    world.open(1, prompt(20, seed=1))
+    world.run()
+    world.open(2, prompt(20, seed=2), max_tokens=24)
+    world.run()
+    assert world.generated(2) == greedy(prompt(20, seed=2), 24)
+    assert world.engine.held[0] == []
+    world.open(3, prompt(20, seed=1))
+    world.run()
+    assert world.stats(3).n_cached == 0
+    assert world.generated(3) == greedy(prompt(20, seed=1), 12)
+
+
+def test_no_more_is_evicted_than_needed(make_world: MakeWorld) -> None:
+    """Of two conversations that have ended, the older one is dropped and the other one goes on where it was."""
+    world = paged(make_world, n_pages=21, n_slots=3)
+    for session in (1, 2):
+        world.open(session, prompt(20, seed=session))
+        world.run()
+    world.open(3, prompt(20, seed=3))
+    world.run()
+    assert world.engine.held[0] == []
+    world.open(4, world.texts[2], max_tokens=1)
+    world.run()
+    assert world.stats(4).n_cached == 31
+
+
+@pytest.mark.parametrize("n_max", [0, 4])
+def test_of_two_that_do_not_fit_the_newer_is_refused(make_world: MakeWorld, n_max: int) -> None:
+    """It ends with the engine's error; the text of the other is what it is alone, and what waits is served later."""
+    world = paged(make_world, n_pages=10)
+    expected = {session: greedy(prompt(16, seed=session), 20) for session in (1, 2, 3, 4)}
+    for session in expected:
+        world.open(session, prompt(16, seed=session), max_tokens=20, n_max=n_max)
+    chance = random.Random(n_max)
+    while not world.errors:
+        world.draft_badly(expected, chance)
+        world.stepper.step()
+    assert not world.finished(1)
+    assert world.errors == [Error(2, "out_of_pages", "the pool is full", "raise kv_pages", 1)]
+    assert world.generated(2) == expected[2][: len(world.generated(2))]
+    for _ in range(3):
+        world.stepper.step()
+    assert world.commits[3] == [], "nothing starts while it would be refused next"
+    world.run(lambda: world.draft_badly(expected, chance))
+    assert world.generated(1) == expected[1]
+    assert [error.ref for error in world.errors] == [2, 4]
+    assert world.generated(3) == expected[3]
+    assert world.sampler._clients[b"verifier"].sessions == {}
+    world.errors.clear()
+
+
+def test_what_can_never_fit_is_refused_alone(make_world: MakeWorld) -> None:
+    """A prompt larger than the pool ends with the engine's error, without a word of trying again; others are served."""
+    world = paged(make_world, n_pages=10)
+    world.open(1, prompt(60))
+    world.run()
+    assert world.errors == [Error(1, "out_of_pages", "the pool is full", "raise kv_pages")]
+    world.errors.clear()
+    world.open(2, prompt(20))
+    world.run()
+    assert world.generated(2) == greedy(prompt(20), 12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whoever_is_refused_no_text_changes(make_world: MakeWorld, seed: int) -> None:
+    """Sessions of all sizes in a small pool, some with a common beginning: each ends, with its own text or an error
+    after a part of it; the first is never refused, and no slot holds what the table could not evict."""
+    chance = random.Random(seed)
+    world = paged(make_world, n_pages=chance.randint(12, 24), n_slots=3)
+    expected: dict[int, list[int]] = {}
+    for session in range(10):
+        tokens = [*prompt(chance.choice((0, 17)), seed=99), *prompt(chance.randint(1, 15), seed=session)]
+        expected[session] = greedy(tokens, chance.randint(1, 12))
+        world.open(session, tokens, max_tokens=len(expected[session]))
+    world.run(lambda: world.draft_badly(expected, chance))
+    refused = {error.ref for error in world.errors}
+    assert {error.code for error in world.errors} <= {"out_of_pages"}
+    world.errors.clear()
+    assert 0 not in refused
+    for session, text in expected.items():
+        done = world.generated(session)
+        assert world.finished(session) == (session not in refused)
+        assert done == (text[: len(done)] if session in refused else text)
+    for slot, held in enumerate(world.engine.held):
+        assert world.stepper._slots.cached(slot).tolist() == held
+
+
+def test_a_cancelled_session_leaves_what_can_be_evicted(world: World) -> None:
+    """What its slot holds of refused proposals, which the table does not know of, is dropped."""
+    world.open(1, prompt(9))
+    world.stepper.step()
+    world.propose(1, [(token + 1) % N_VOCAB for token in greedy(prompt(9), 4)[1:]])
+    world.stepper.step()
+    assert len(world.engine.held[0]) == 9 + 1 + 3
+    world.stepper.receive(Close(1))
+    assert world.engine.held[0] == [*prompt(9), *greedy(prompt(9), 1)]
+
+
+def test_other_errors_of_the_engine_are_fatal(world: World) -> None:
+    """An engine that fails otherwise is not asked again."""
+    world.open(1, prompt(9))
+    world.engine.forward = Mock(side_effect=EngineError("the GPU is gone", code="device_failed"))
+    with pytest.raises(EngineError, match="the GPU is gone"):
+        world.stepper.step()
+    assert world.engine.forward.call_count == 1
 
 
 # -- ends --

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import structlog
 
 from shared.engine.cuda.logits import CudaLogits
-from shared.engine.cuda.pages import PAGE_TOKENS, PageTable
+from shared.engine.cuda.pages import PageTable
 from shared.engine.cuda.passes import MAX_CHAIN, Passes
 from shared.engine.cuda.weights import LoadingLog, device_bytes, load_weights
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
 from shared.engine.slots import check_chunks, check_prefix
 from shared.errors import EngineError
-from shared.kernels.attention import CACHE_KINDS, HEAD_DIMS, CacheLayout
+from shared.kernels.attention import CACHE_KINDS, HEAD_DIMS, PAGE_TOKENS, CacheLayout
 from shared.kernels.device import Device
 from shared.kernels.experts import MAX_EXPERTS, MAX_EXPERTS_USED, MAX_ROWS
-from shared.kernels.gpu import CudaDevice, cuda_unavailable
+from shared.kernels.gpu import CudaDevice
 from shared.kernels.norm import MAX_EMBD
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile, vocabulary_fingerprint
@@ -46,16 +46,13 @@ class CudaEngine:
 
     Raises:
         ModelError: the model is missing, damaged, or not one that this engine computes.
-        EngineError: there is no usable GPU (code device_failed), a setting cannot be honoured (bad_settings), or the GPU's
-            memory does not suffice (out_of_memory).
+        EngineError: there is no usable GPU (code device_failed), a setting cannot be honoured (bad_settings), or the
+            GPU's memory does not suffice (out_of_memory).
     """
 
     def __init__(self, settings: EngineSettings, *, device: Device | None = None, graphs: bool = True) -> None:
         _check_settings(settings)
         if device is None:
-            unavailable = cuda_unavailable()
-            if unavailable is not None:
-                raise unavailable
             device = CudaDevice(settings.devices[0])
         self._device = device
         with GGUFFile.open(resolve_model(settings.model)) as file:
@@ -119,6 +116,7 @@ class CudaEngine:
 
     def close(self) -> None:
         if self._passes is not None:
+            self._passes.close()
             self._passes = None
             self._device.close()
 
@@ -130,6 +128,7 @@ class CudaEngine:
         this = self._computed
 
         def check() -> None:
+            self._open()
             if self._computed != this:
                 raise EngineError("these logits are of an earlier pass", "read them before the next", "stale_logits")
 
@@ -241,6 +240,9 @@ def _check_model(config: ModelConfig, path: str) -> None:
         )
     if config.head_dim not in HEAD_DIMS:
         raise refuse(f"heads of {config.head_dim}; the cuda engine has kernels for {', '.join(map(str, HEAD_DIMS))}")
+    for n_ff in (config.n_expert_ff,) if config.n_expert else (config.n_ff,):
+        if n_ff % 32:
+            raise refuse(f"a feed-forward of width {n_ff}; the cuda engine takes multiples of 32")
     if config.n_embd % 32 or config.n_embd > MAX_EMBD:
         raise refuse(f"width {config.n_embd}; the cuda engine takes multiples of 32 up to {MAX_EMBD}")
     if config.n_expert > MAX_EXPERTS or config.n_expert_used > MAX_EXPERTS_USED:

@@ -62,6 +62,9 @@ class CudaLogits:
     def gather(self, row: int, ids: Int32) -> Float32:
         known, values, _ = self._wait()
         ids = np.asarray(ids, np.int32)
+        self._check_row(row)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self._n_vocab:
+            raise IndexError(f"a token id is outside the vocabulary of {self._n_vocab}")
         at = np.argsort(known[row])
         place = np.searchsorted(known[row], ids, sorter=at)
         found = at[np.minimum(place, len(at) - 1)]
@@ -71,10 +74,13 @@ class CudaLogits:
 
     def dense(self, row: int) -> Float32:
         self._wait()
+        self._check_row(row)
+        return self._rows.dense(row)
+
+    def _check_row(self, row: int) -> None:
         # The device has room for more rows than were wanted.
         if not 0 <= row < self._n_rows:
             raise IndexError(f"row {row} of {self._n_rows}")
-        return self._rows.dense(row)
 
     def _wait(self) -> tuple[Int32, Float32, npt.NDArray[np.float64]]:
         self._check()

@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import EngineError
-
-PAGE_TOKENS = 64
+from shared.kernels.attention import PAGE_TOKENS
 
 
 class PageTable:

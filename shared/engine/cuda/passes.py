@@ -108,11 +108,9 @@ class Passes:
         self._n_batch = n_batch
         self.graphs = graphs
         self._group = config.n_head // config.n_head_kv
-        self._max_pages = -(-n_ctx // attention.PAGE_TOKENS)
         cos, sin = rope_tables(config.rope, weights.rope_factors, n_ctx)
         self._cos, self._sin = self._upload(cos), self._upload(sin)
         self._pages = device.zeros((n_slots, -(-n_ctx // PAGE_TOKENS)), np.int32)
-        # Zeros, since what is masked is multiplied with zero and must be finite.
         layer_bytes = n_pages * layout.page_bytes
         self._cache = device.zeros((config.n_layer * layer_bytes,), np.uint8)
         self._layers = [layout.layer(self._cache, layer * layer_bytes, n_pages) for layer in range(config.n_layer)]
@@ -122,6 +120,8 @@ class Passes:
         self._max_items = max(1, min(tiles * attention.n_splits(n_ctx), _SPLIT_BYTES // item_bytes))
         self._groups: dict[int, Groups] = {}
         self._scratch = self._make_scratch()
+        # A batch has a chunk of a slot at most, which writes into one shared page at most.
+        self._copies = device.zeros((n_slots, 2), np.int32)
         self._gather_ids = device.zeros((_GATHER,), np.int32)
         self._gathered = device.zeros((_GATHER,), np.float32)
         self._passes: dict[tuple[int, int, bool, bool], Pass] = {}
@@ -143,13 +143,19 @@ class Passes:
         """Compile every kernel that passes of this model use."""
         self._device.prepare(self._kernels())
 
+    def close(self) -> None:
+        """Let go of the recorded passes, which know this object: with it all memory goes."""
+        self._device.synchronize()
+        self._passes.clear()
+
     def write_pages(self, table: PageNumbers) -> None:
         """Tell the device which pages slots have: [n_slots, max_pages]."""
         self._device.write(self._pages, table)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target) in every layer."""
-        pairs = self._upload(np.array(copies, np.int32))
+        pairs = self._copies.view(0, (len(copies), 2))
+        self._device.write(pairs, np.array(copies, np.int32))
         attention.copy_pages(self._device, self._cache, self._layout, self._config.n_layer, self._n_pages, pairs)
         self._device.synchronize()
 
@@ -340,7 +346,7 @@ class Passes:
         """The feed-forward's outputs of its inner rows."""
         device, s = self._device, self._scratch
         quantized = None
-        if not matmul.can_quantize(down, rows):
+        if not matmul.can_quantize(down, rows.rows_per_group):
             quantized, pairs = s.ff_q, max(1, n_used)
             norm.quantize(device, inputs.step, pairs, s.ff, s.ff_q, max_rows * pairs)
         matmul.matmul(device, [down], rows, quantized, s.ff, s.y, n_used=n_used)
@@ -439,23 +445,28 @@ class Passes:
         capacities = {capacity(rows, self._n_batch) for rows in range(1, self._n_batch + 1)}
         names = {CHOOSE_KERNEL, ("norm.cu", "quantize")}
         names |= {("norm.cu", norm.add_norm_name(config.n_embd)), ("norm.cu", norm.output_norm_name(config.n_embd))}
-        names |= {("head.cu", "top_chunks"), ("head.cu", head.top_merge_name(config.n_vocab))}
+        names |= {
+            ("head.cu", "gather_logits"),
+            ("head.cu", "top_chunks"),
+            ("head.cu", head.top_merge_name(config.n_vocab)),
+        }
         names.add(embed_kernel(weights.embedding.codec))
         names |= {("attention.cu", name) for name in attention.kernel_names(self._layout)}
         if config.n_expert:
             for rows in capacities:
-                names.add(("experts.cu", experts.expert_scores_name(rows)))
-                names |= {("experts.cu", name) for name in experts.select_experts_names(config.n_expert)}
                 if rows <= experts.FEW_ROWS:
                     name = experts.norm_scores_select_name(config.n_embd, config.n_expert, rows)
                     names.add(("experts.cu", name))
+                else:
+                    _, *many_rows = experts.select_experts_names(config.n_expert)
+                    names |= {("experts.cu", name) for name in (experts.expert_scores_name(rows), *many_rows)}
         for n in {matmul.columns_for(rows) for rows in capacities}:
             for layer in weights.layers:
                 names.add(("matmul.cu", matmul.gate_up_name(layer.gate, layer.up, n)))
-                for matrices in (layer.qkv, [layer.output], [layer.down], [weights.output]):
+                for matrices in (layer.qkv, [layer.output], [weights.output]):
                     names.add(("matmul.cu", matmul.matmul_name(matrices, n)))
-                if n == matmul.COLUMNS[0] and not layer.down.codec.dense:
-                    names.add(("matmul.cu", matmul.matmul_name([layer.down], n, quantize=True)))
+                quantize = matmul.can_quantize(layer.down, n)
+                names.add(("matmul.cu", matmul.matmul_name([layer.down], n, quantize)))
         return sorted(names)
 
 

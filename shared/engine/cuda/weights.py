@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +16,10 @@ import numpy as np
 from shared.engine.interface import Float32
 from shared.errors import ModelError
 from shared.kernels.device import Buffer, Device
-from shared.kernels.weights import Tiles, codec_of, repack
+from shared.kernels.weights import Tiles, codec_of, repack, repack_kernel
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile, TensorInfo
-from shared.quant.codecs import dequantize
+from shared.quant.codecs import dequantize, has_codec
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -85,7 +86,14 @@ def load_weights(device: Device, file: GGUFFile, config: ModelConfig, progress: 
             architecture's.
         EngineError: the device's memory does not suffice.
     """
-    loader = _Loader(device, file, progress)
+    _build(_Check(file), config)  # all that can be refused, before gigabytes are read
+    # Together they compile more quickly than one by one.
+    matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+    device.prepare([repack_kernel(codec_of(info.quant, info.name)) for info in matrices])
+    return _build(_Loader(device, file, progress), config)
+
+
+def _build(loader: _Take, config: ModelConfig) -> Weights:
     embd, vocab = config.n_embd, config.n_vocab
     embedding = loader.matrix("token_embd", embd, vocab)
     layers = tuple(_layer(loader, config, f"blk.{layer}.") for layer in range(config.n_layer))
@@ -96,7 +104,7 @@ def load_weights(device: Device, file: GGUFFile, config: ModelConfig, progress: 
     return Weights(embedding, layers, output_norm, output, factors)
 
 
-def _layer(loader: _Loader, config: ModelConfig, prefix: str) -> LayerWeights:
+def _layer(loader: _Take, config: ModelConfig, prefix: str) -> LayerWeights:
     embd, head = config.n_embd, config.head_dim
     n_q, n_k, n_v = config.n_head * head, config.n_head_kv * head, config.n_head_kv * config.value_dim
     experts = (config.n_expert,) if config.n_expert else ()
@@ -119,44 +127,24 @@ def _layer(loader: _Loader, config: ModelConfig, prefix: str) -> LayerWeights:
     )
 
 
-class _Loader:
+class _Take(ABC):
     """Takes tensors out of a file and remembers which are left."""
 
-    def __init__(self, device: Device, file: GGUFFile, progress: Progress) -> None:
-        self._device = device
+    def __init__(self, file: GGUFFile) -> None:
         self._file = file
         self._left = set(file.tensors)
-        self._progress = progress
-        self._total = sum(info.n_bytes for info in file.tensors.values())
-        self._done = 0
-        # Raw blocks of one tensor at a time.
-        self._source = device.empty((max(info.n_bytes for info in file.tensors.values()),), np.uint8)
 
+    @abstractmethod
     def matrix(self, name: str, *shape: int) -> Tiles:
         """A matrix, or a stack of them. shape: as in the GGUF, row length first."""
-        info = self._take(name, shape)
-        k, n_rows, *stack = shape
-        codec = codec_of(info.quant, info.name)
-        tiles = Tiles(self._device.empty((_tiles_bytes(info),), np.uint8), codec, n_rows, k, math.prod(stack))
-        source = self._source.view(0, (info.n_bytes,))
-        self._device.write(source, np.ascontiguousarray(self._file.raw(info.name)))
-        repack(self._device, source, info.quant, tiles)
-        self._advance(info)
-        return tiles
 
+    @abstractmethod
     def vector(self, name: str, *shape: int) -> Buffer:
         """A small tensor, as float32."""
-        values = self.floats(name, *shape)
-        buffer = self._device.empty(values.shape, np.float32)
-        self._device.write(buffer, values)
-        return buffer
 
+    @abstractmethod
     def floats(self, name: str, *shape: int) -> Float32:
         """A small tensor on the host, with its axes reversed to NumPy's order."""
-        info = self._take(name, shape)
-        values = dequantize(self._file.raw(info.name), info.quant, info.name).reshape(shape[::-1])
-        self._advance(info)
-        return values
 
     def finish(self) -> None:
         if self._left:
@@ -183,6 +171,62 @@ class _Loader:
             )
         self._left.discard(name)
         return info
+
+
+class _Check(_Take):
+    """Loads nothing: names, shapes and types are looked at, what it returns has no memory."""
+
+    def matrix(self, name: str, *shape: int) -> Tiles:
+        info = self._take(name, shape)
+        k, n_rows, *stack = shape
+        nowhere = Buffer(0, (0,), np.dtype(np.uint8), None)
+        return Tiles(nowhere, codec_of(info.quant, info.name), n_rows, k, math.prod(stack))
+
+    def vector(self, name: str, *shape: int) -> Buffer:
+        self.floats(name, *shape)
+        return Buffer(0, (0,), np.dtype(np.float32), None)
+
+    def floats(self, name: str, *shape: int) -> Float32:
+        info = self._take(name, shape)
+        if not has_codec(info.quant):
+            dequantize(np.empty(0, np.uint8), info.quant, info.name)
+        return np.empty(0, np.float32)
+
+
+class _Loader(_Take):
+    """Copies tensors to a device."""
+
+    def __init__(self, device: Device, file: GGUFFile, progress: Progress) -> None:
+        super().__init__(file)
+        self._device = device
+        self._progress = progress
+        self._total = sum(info.n_bytes for info in file.tensors.values())
+        self._done = 0
+        # Raw blocks of one tensor at a time.
+        self._source = device.empty((max(info.n_bytes for info in file.tensors.values()),), np.uint8)
+
+    def matrix(self, name: str, *shape: int) -> Tiles:
+        info = self._take(name, shape)
+        k, n_rows, *stack = shape
+        codec = codec_of(info.quant, info.name)
+        tiles = Tiles(self._device.empty((_tiles_bytes(info),), np.uint8), codec, n_rows, k, math.prod(stack))
+        source = self._source.view(0, (info.n_bytes,))
+        self._device.write(source, np.ascontiguousarray(self._file.raw(info.name)))
+        repack(self._device, source, info.quant, tiles)
+        self._advance(info)
+        return tiles
+
+    def vector(self, name: str, *shape: int) -> Buffer:
+        values = self.floats(name, *shape)
+        buffer = self._device.empty(values.shape, np.float32)
+        self._device.write(buffer, values)
+        return buffer
+
+    def floats(self, name: str, *shape: int) -> Float32:
+        info = self._take(name, shape)
+        values = dequantize(self._file.raw(info.name), info.quant, info.name).reshape(shape[::-1])
+        self._advance(info)
+        return values
 
     def _advance(self, info: TensorInfo) -> None:
         self._done += info.n_bytes

@@ -27,46 +27,6 @@ DEVICE void store_floats(float* p, const float (&x)[8]) {
   words[1] = {float_to_bits(x[4]), float_to_bits(x[5]), float_to_bits(x[6]), float_to_bits(x[7])};
 }
 
-// What costs little code: a kernel of few rows takes about as long as its instructions take to arrive.
-
-// About 1 / x and 1 / sqrt(x), within 2 ulp.
-// The largest x of a warp's lanes.
-#ifdef DRAFTWIRE_EMULATE
-DEVICE float reciprocal_(float x) { return 1.0f / x; }
-DEVICE float inverse_sqrt_(float x) { return 1.0f / sqrtf(x); }
-DEVICE uint32_t max_of_warp(uint32_t x) {
-  for (int mask = 16; mask; mask /= 2) x = max_(x, static_cast<uint32_t>(shuffle_xor(static_cast<int>(x), mask)));
-  return x;
-}
-#else
-DEVICE float reciprocal_(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE float inverse_sqrt_(float x) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(FULL_WARP, x); }
-#endif
-// x where all lanes have the same x, which the compiler then knows.
-DEVICE int uniform(int x) { return shuffle(x, 0); }
-
-// a / b and sqrt(x) rounded as div_ and sqrt_ do (Markstein), without their branches for infinities and for what is
-// beyond 2^-100 .. 2^100; a zero for `a` and NaN come out right.
-DEVICE float quotient(float a, float b) {
-  float inverse = reciprocal_(b);
-  inverse = fma_(fma_(-b, inverse, 1.0f), inverse, inverse);
-  float y = mul_(a, inverse);
-  return fma_(fma_(-b, y, a), inverse, y);
-}
-DEVICE float root(float x) {
-  float inverse = inverse_sqrt_(x), y = mul_(x, inverse);
-  return fma_(fma_(-y, y, x), mul_(inverse, 0.5f), y);
-}
-
 // One group by one warp, all of its lanes: `x` is elements 8 lane .. 8 lane + 7. `q`, `scale` and `sums` are the
 // group's own: 256 bytes (8-byte aligned), one float, 24 sums.
 //

@@ -46,6 +46,17 @@ DEVICE float exp2_(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// About 1 / x and 1 / sqrt(x), within 2 ulp.
+DEVICE float reciprocal_(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float inverse_sqrt_(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // e^x through exp2_.
 DEVICE float exp_(float x) { return exp2_(mul_(x, 1.4426950408889634f)); }
 
@@ -150,6 +161,8 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 // How many threads of the block say true; a barrier for all of them.
 DEVICE int sync_block_count(bool x) { return __syncthreads_count(x); }
+// The largest x of a warp's lanes.
+DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(FULL_WARP, x); }
 DEVICE int count_bits(uint32_t x) { return __popc(x); }
 
 #endif  // DRAFTWIRE_EMULATE
@@ -165,6 +178,22 @@ DEVICE T max_(T a, T b) {
 template <class T>
 DEVICE T ceil_div(T a, T b) {
   return (a + b - 1) / b;
+}
+
+// x where all lanes have the same x, which the compiler then knows.
+DEVICE int uniform(int x) { return shuffle(x, 0); }
+
+// a / b and sqrt(x) rounded as div_ and sqrt_ do (Markstein), without their branches for infinities and for what is
+// beyond 2^-100 .. 2^100, which are much code; a zero for `a` and NaN come out right.
+DEVICE float quotient(float a, float b) {
+  float inverse = reciprocal_(b);
+  inverse = fma_(fma_(-b, inverse, 1.0f), inverse, inverse);
+  float y = mul_(a, inverse);
+  return fma_(fma_(-b, y, a), inverse, y);
+}
+DEVICE float root(float x) {
+  float inverse = inverse_sqrt_(x), y = mul_(x, inverse);
+  return fma_(fma_(-y, y, x), mul_(inverse, 0.5f), y);
 }
 
 struct Word2 {

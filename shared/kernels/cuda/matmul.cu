@@ -35,19 +35,25 @@ struct Same<A, A> {
 };
 
 static constexpr int kWarps = 8;
-static constexpr int kRingBytes = 93 * 1024;
+// What a block gets on every GPU from compute capability 8.0 on, and what rows of 2048 elements need of it to be rounded.
+static constexpr int kMostShared = 99 * 1024;
+static constexpr int kMostRounded = 8 * 8 * (256 + 2 * kActivationSums + 4);
 
-template <class C0, class C1, class C2, int kColumns>
+template <class C0, class C1, class C2, int kColumns, bool kQuantize>
 struct Layout {
   static constexpr int kTiles = kColumns / 8;
   static constexpr int kMax01 = C0::kBytes > C1::kBytes ? C0::kBytes : C1::kBytes;
   static constexpr int kStageBytes = 16 * (kMax01 > C2::kBytes ? kMax01 : C2::kBytes);
-  static constexpr int kFit = kRingBytes / (kWarps * kStageBytes);
-  static constexpr int kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
-  static constexpr int kRing = kWarps * kStages * kStageBytes;
   static constexpr int kRows = kWarps * 2 * kColumns * 4;
   static constexpr int kSums = kWarps * kTiles * 4 * 32 * 4;
-  static constexpr int kShared = kRing + kRows + kSums;
+  // With more columns the sums take the ring's place when it is done.
+  static constexpr bool kOverlay = kTiles > 1;
+  static constexpr int kRest = kMostShared - kRows - (kOverlay ? 0 : kSums) - (kQuantize ? kMostRounded : 0);
+  static constexpr int kFit = kRest / (kWarps * kStageBytes);
+  static constexpr int kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
+  static constexpr int kRing = kWarps * kStages * kStageBytes;
+  static_assert(!kOverlay || kSums <= kRing, "the sums do not fit the ring");
+  static constexpr int kShared = kRing + kRows + (kOverlay ? 0 : kSums);
 };
 
 struct Inputs {
@@ -347,7 +353,7 @@ DEVICE void quantize_columns(Inputs& in, const int* rows, int count, uint8_t* sh
 template <class C0, class C1, class C2, int kColumns, bool kGateUp, bool kQuantize>
 DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pairs& pairs, Inputs in, float* out,
                          int out_stride) {
-  using L = Layout<C0, C1, C2, kColumns>;
+  using L = Layout<C0, C1, C2, kColumns, kQuantize>;
   constexpr int kTiles = L::kTiles, kStages = L::kStages;
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -356,7 +362,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
   uint8_t* ring = shared + warp * (kStages * L::kStageBytes);
   int* targets = reinterpret_cast<int*>(shared + L::kRing) + warp * 2 * kColumns;
   int* rows = targets + kColumns;
-  float* sums = reinterpret_cast<float*>(shared + L::kRing + L::kRows);
+  float* sums = reinterpret_cast<float*>(L::kOverlay ? shared : shared + L::kRing + L::kRows);
   const int group = blockIdx.y;
   int matrix, tile;
   matrices.find(slot, matrix, tile);
@@ -467,6 +473,10 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
           to[static_cast<int64_t>(targets[column]) * out_stride + i / 2 * 8] = acc[j][i];
       }
     return;
+  }
+  if constexpr (L::kOverlay) {
+    copy_wait<0>();
+    sync_block();
   }
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)

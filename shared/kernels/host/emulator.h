@@ -518,6 +518,8 @@ DEVICE double fma_(double a, double b, double c) { return __builtin_fma(a, b, c)
 DEVICE float bits_to_float(uint32_t bits) { return emulator::same_bits<float>(bits); }
 DEVICE uint32_t float_to_bits(float x) { return emulator::same_bits<uint32_t>(x); }
 
+DEVICE float reciprocal_(float x) { return 1.0f / x; }
+DEVICE float inverse_sqrt_(float x) { return 1.0f / sqrtf(x); }
 DEVICE float exp2_(float x) {
   float y = exp2f(x);
   return y < 1.17549435e-38f ? 0.f : y;  // flushes subnormal results, as the instruction does
@@ -630,6 +632,13 @@ DEVICE void sync_warp(EMULATOR_PLACE) { emulator::gather({}, {"sync_warp", file,
 DEVICE void sync_block(EMULATOR_PLACE) { emulator::meet_block(0, {"sync_block", file, line}); }
 DEVICE int sync_block_count(bool x, EMULATOR_PLACE) {
   return emulator::meet_block(x, {"sync_block_count", file, line});
+}
+DEVICE uint32_t max_of_warp(uint32_t x) {
+  for (int mask = 16; mask; mask /= 2) {
+    const uint32_t other = static_cast<uint32_t>(shuffle_xor(static_cast<int>(x), mask));
+    x = x > other ? x : other;
+  }
+  return x;
 }
 DEVICE int count_bits(uint32_t x) { return __builtin_popcount(x); }
 
