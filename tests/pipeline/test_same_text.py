@@ -26,10 +26,14 @@ CONCURRENT = 3
 
 @dataclass(frozen=True)
 class Engines:
-    """What computes: settings of the target, and of a draft worker's engine."""
+    """What computes: settings of the target, and of a draft worker's engine.
+
+    least_accepted: proposals to be accepted per token; a target that takes half a millisecond seldom finds any in time.
+    """
 
     target: tuple[str, ...]
     draft: str
+    least_accepted: float
 
     def worker(self, instance: str) -> str:
         """The setting that gives a draft worker its engine."""
@@ -38,8 +42,8 @@ class Engines:
 
 # Both models of the pair on the CPU, the target with an engine whose rows do not depend on the batch; or on a GPU.
 ENGINES = {
-    "numpy": Engines(("verifier.engine.engine=numpy", *TARGET), "threads=1"),
-    "cuda": Engines(("verifier.engine.engine=cuda", *TARGET), "engine=cuda"),
+    "numpy": Engines(("verifier.engine.engine=numpy", *TARGET), "threads=1", 0.2),
+    "cuda": Engines(("verifier.engine.engine=cuda", *TARGET), "engine=cuda", 0.05),
 }
 
 Texts = dict[tuple[str, int], Completion]
@@ -99,11 +103,13 @@ def plain(fleet: Fleet, prompts: list[str]) -> Texts:
 
 
 @pytest.mark.parametrize("n_max", [1, 4, 16])
-def test_model_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts, n_max: int) -> None:
+def test_model_draft_changes_nothing(
+    engines: Engines, fleet: Fleet, prompts: list[str], plain: Texts, n_max: int
+) -> None:
     """With the model drafting, and up to n_max proposals a step, the text is the target's own."""
     texts = run_all(fleet, prompts, complete, draft="model", **{"speculative.n_max": n_max})
     assert_same(texts, plain)
-    assert accepted(texts) > 0.2 * N_TOKENS * len(texts) * min(n_max, 2) / 2
+    assert accepted(texts) > engines.least_accepted * N_TOKENS * len(texts) * min(n_max, 2) / 2
 
 
 def test_ngram_draft_changes_nothing(fleet: Fleet, prompts: list[str], plain: Texts) -> None:

@@ -432,14 +432,10 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
       for (int block = first; block < end; ++block)
         multiply_dense<C, kTiles>(stream.next(lane), block, in, rows, n_tiles, lane, acc);
     } else if (kTiles == 1 || n_tiles == 1) {
-      Columns<C, 1> x(in, rows, first, lane);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
-        const uint8_t* stage = stream.next(lane);
-        // One superblock ahead.
-        const Columns<C, 1> next(in, rows, min_(block + 1, end - 1), lane);
-        multiply<C, 1, kTiles>(stage, x, 1, lane, acc);
-        x = next;
+        const Columns<C, 1> x(in, rows, block, lane);
+        multiply<C, 1, kTiles>(stream.next(lane), x, 1, lane, acc);
       }
     } else if constexpr (kTiles > 1) {
 #pragma unroll 1
