@@ -55,6 +55,8 @@ _NO_FASTER = {
     "ik": "This pair shows that the text is right and how much is accepted, not the speed. On two idle cores its "
     "target was measured at 1.4 ms a token and 2.6 times that for 4 rows, and the draft needs the same cores, so that "
     "speculation about breaks even. It pays when a step is long because many weights must be read.",
+    "cuda": "A step of this small target takes a third of a millisecond on a GPU, and the processes between two steps "
+    "take as long. Speculation pays where a step is longer.",
     "numpy": "The numpy engine is the reference that others are checked with: it computes, and verifying more rows "
     "costs more, where engines made for speed wait for weights. Speculation pays with those.",
 }

@@ -135,8 +135,8 @@ DEVICE void copy_wait() {
 }
 
 // Programmatic dependent launch. Every kernel calls wait_for_previous before it touches what an earlier kernel of the
-// stream wrote, or writes what one reads; only weights, and a pass's inputs, which a copy wrote before its first kernel,
-// may be loaded before it. Without the launch attribute, and before compute capability 9.0, both do nothing.
+// stream wrote, or writes what one reads; only weights, and a pass's inputs, which a copy wrote before its first
+// kernel, may be loaded before it. Without the launch attribute, and before compute capability 9.0, both do nothing.
 DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

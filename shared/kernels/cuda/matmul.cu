@@ -4,18 +4,19 @@
 // One scheme serves decoding, verifying and prefill. The matrix is the 16-row operand of mma (A), activations are the
 // 8-column one (B), so one row costs what eight do, and a column's arithmetic does not depend on the others: a row's
 // result is bitwise the same alone and in any batch. Per superblock of 256 elements an output element is
-//     acc = fma(d_w * d_x, sum of groups scale_g * (q_w . q_x)_g, acc) - (d_min * d_x) * sum of groups min_g * sum(q_x)_g
+//     acc = fma(d_w * d_x, sum of groups scale_g * (q_w . q_x)_g, acc)
+//     acc = fma(-(d_min * d_x), sum of groups min_g * sum(q_x)_g, acc)
 // with exact integers inside, superblocks in ascending order; n_splits warps take contiguous parts of the row and
 // their results are added in ascending order. n_splits (1, 2, 4 or 8) is a constant of the matrix, whatever the rows.
 //
 // Weights ("tiles", see weights.cu): [matrix][row tile][superblock][16 rows][kBytes], so that a warp streams its tile
 // from contiguous memory through a ring of asynchronous copies of its own.
 // Activations (see activations.cuh): q [rows, kp] int8, scale [rows, kp / 256], sums [rows, kp / 256, 24], x [rows, k]
-// float for dense codecs; each below 2^31 bytes. An item is (group of up to kColumns pairs of one expert, or rows of a plain matrix; some
-// tiles); pair p reads row p / divide of the activations and writes row p of out.
+// float for dense codecs; each below 2^31 bytes. A group is up to kColumns pairs of one expert (see experts.cu), or rows
+// of a plain matrix; pair p reads row p * per_row of the activations and writes row p of out.
 //
-// Launch: grid (sets of tiles, groups), blocks of 256 threads, 8 warps = n_splits * tiles. Code is kept small: every launch
-// fetches it anew, and at one row a few kilobytes of instructions cost as much as the work.
+// Launch: grid (sets of tiles, groups), blocks of 256 threads, 8 warps = n_splits * tiles. Code is kept small: a launch
+// fetches it anew, and at one row instructions cost as much time as the work.
 #include "activations.cuh"
 #include "codecs/all.cuh"
 
@@ -35,7 +36,7 @@ struct Same<A, A> {
 };
 
 static constexpr int kWarps = 8;
-// What a block gets on every GPU from compute capability 8.0 on, and what rows of 2048 elements need of it to be rounded.
+// What a block gets on every GPU from compute capability 8.0 on, and what rounding rows of 2048 elements takes of it.
 static constexpr int kMostShared = 99 * 1024;
 static constexpr int kMostRounded = 8 * 8 * (256 + 2 * kActivationSums + 4);
 
@@ -329,7 +330,8 @@ struct Stream {
   }
 };
 
-// Rounds the rows of a group's columns, x [rows, k], to 8 bits in shared memory, and lets `in` be these: column c is row c.
+// Rounds the rows of a group's columns, x [rows, k], to 8 bits in shared memory, and lets `in` be these: column c is
+// row c.
 DEVICE void quantize_columns(Inputs& in, const int* rows, int count, uint8_t* shared) {
   const int n_blocks = (in.k + 255) >> 8, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int8_t* q = reinterpret_cast<int8_t*>(shared);
@@ -521,8 +523,8 @@ matmul(const int* table, const int* pairs, int max_groups, int stacked, float pe
 template <class CGate, class CUp, int kColumns>
 KERNEL(256, kColumns > 32 ? 1 : 2)
 gate_up(const int* table, const int* pairs, int max_groups, int stacked, float per_row, const int8_t* q,
-        const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up, int rows,
-        int split_shift, float* out, int out_stride) {
+        const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up,
+        int rows, int split_shift, float* out, int out_stride) {
   const Matrices<CGate, CUp, CUp, true> matrices = {gate, up, nullptr, rows, rows, 0, k, split_shift};
   multiply_all<CGate, CUp, CUp, kColumns, true, false>(matrices, {table, pairs, max_groups, stacked != 0, per_row},
                                                 {q, scale, sums, x, k}, out, out_stride);
