@@ -6,6 +6,7 @@ Everything runs on the CPU's emulator ("host") and, marked `gpu`, on an NVIDIA G
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -598,12 +599,18 @@ def test_slots_and_lengths_that_are_refused(small: CudaEngine) -> None:
 
 
 def test_a_closed_engine_computes_nothing(backend: str, model_path: ModelPath) -> None:
-    """After close, which may come twice, passes, truncation and copies are refused. n_ctx 0 is the model's own."""
+    """After close, which may come twice, everything is refused, logits from before included; and the memory is given
+    back. n_ctx 0 is the model's own."""
     engine = CudaEngine(EngineSettings(model=str(model_path(MIXED)), n_slots=1), device=open_device(backend))
     assert engine.info.n_ctx == 1024
+    logits = engine.forward([Chunk(0, 0, tokens_of(5), 1)])
+    held = weakref.ref(engine._passes)
     engine.close()
     engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        logits.top(1)
     for call in (
+        lambda: engine.propose([Chunk(0, 0, tokens_of(5), 1)], [SAMPLED], 1),
         lambda: engine.forward([Chunk(0, 0, tokens_of(5), 1)]),
         lambda: engine.truncate(0, 0),
         lambda: engine.copy_prefix(0, 0, 0),
@@ -611,6 +618,8 @@ def test_a_closed_engine_computes_nothing(backend: str, model_path: ModelPath) -
         with pytest.raises(EngineError) as caught:
             call()
         assert caught.value.code == "engine_closed"
+    del logits
+    assert held() is None
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------

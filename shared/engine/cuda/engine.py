@@ -63,7 +63,7 @@ class CudaEngine:
             n_pages = settings.kv_pages or settings.n_slots * max_pages
             layout = CacheLayout(settings.cache_type_k, config.head_dim, config.n_head_kv)
             cache = config.n_layer * n_pages * layout.page_bytes
-            scratch = Passes.scratch_bytes(config, settings.n_batch)
+            scratch = Passes.scratch_bytes(config, n_ctx, settings.n_batch)
             _check_memory(device, device_bytes(file), cache, scratch, str(file.path))
             fingerprint = vocabulary_fingerprint(file)
 

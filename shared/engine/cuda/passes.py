@@ -33,6 +33,7 @@ _SPLIT_ROWS = 32
 """Up to so many rows, attention's splits are computed by blocks of their own."""
 _SPLIT_BYTES = 256 << 20
 """Most memory for the splits' partial results; a batch that needs more takes the other way, with the same bits."""
+_WANTED = 64
 _GATHER = 1024
 PageNumbers = npt.NDArray[np.int32]
 """A page table: [n_slots, max_pages]."""
@@ -130,14 +131,15 @@ class Passes:
         self._heads: dict[int, _Head] = {}
 
     @staticmethod
-    def scratch_bytes(config: ModelConfig, n_batch: int) -> int:
-        """Memory beside weights and KV pool, at most: scratch, partial results and the logits of one batch of rows
-        to be verified."""
+    def scratch_bytes(config: ModelConfig, n_ctx: int, n_batch: int) -> int:
+        """About the memory beside weights and KV pool, while at most _WANTED rows of a pass are wanted: scratch,
+        partial results, rope tables and logits."""
         pairs = n_batch * max(1, config.n_expert_used)
         heads = (config.n_head + 2 * config.n_head_kv) * config.head_dim
         n_ff = config.n_expert_ff or config.n_ff
         floats = n_batch * (4 * config.n_embd + 3 * heads + config.n_expert) + pairs * 2 * (n_ff + config.n_embd)
-        return 4 * floats + _SPLIT_BYTES + 4 * 64 * config.n_vocab
+        # Each capacity of wanted rows has its own, in sum less than twice the largest.
+        return 4 * (floats + n_ctx * config.rope.dim + 2 * _WANTED * config.n_vocab) + _SPLIT_BYTES
 
     def prepare(self) -> None:
         """Compile every kernel that passes of this model use."""
