@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.engine.interface import Float32
-from shared.errors import ModelError
 from shared.kernels.device import Buffer, Device
 from shared.kernels.weights import Tiles, codec_of, repack, repack_kernel
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile, TensorInfo
+from shared.model.tensors import TensorNames
 from shared.quant.codecs import dequantize, has_codec
 
 Progress = Callable[[int, int], None]
@@ -128,11 +128,10 @@ def _layer(loader: _Take, config: ModelConfig, prefix: str) -> LayerWeights:
 
 
 class _Take(ABC):
-    """Takes tensors out of a file and remembers which are left."""
+    """Takes tensors out of a file."""
 
     def __init__(self, file: GGUFFile) -> None:
-        self._file = file
-        self._left = set(file.tensors)
+        self._names = TensorNames(file, "cuda")
 
     @abstractmethod
     def matrix(self, name: str, *shape: int) -> Tiles:
@@ -147,30 +146,11 @@ class _Take(ABC):
         """A small tensor on the host, with its axes reversed to NumPy's order."""
 
     def finish(self) -> None:
-        if self._left:
-            names = sorted(self._left)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(
-                f"{self._file.path} has tensors that the cuda engine would ignore: {', '.join(names[:3])}{more}",
-                "use the ik engine",
-                "unsupported_variant",
-            )
+        """Refuse tensors that were not taken."""
+        self._names.finish()
 
     def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
-        name += ".weight"
-        info = self._file.tensors.get(name)
-        if info is None:
-            raise ModelError(
-                f"{self._file.path} lacks the tensor {name!r}", "convert the model again", "missing_tensor"
-            )
-        if info.shape != shape:
-            raise ModelError(
-                f"{self._file.path}: tensor {name!r} has shape {info.shape}, its metadata imply {shape}",
-                "convert the model again",
-                "bad_metadata",
-            )
-        self._left.discard(name)
-        return info
+        return self._names.take(f"{name}.weight", shape)
 
 
 class _Check(_Take):
@@ -198,6 +178,7 @@ class _Loader(_Take):
 
     def __init__(self, device: Device, file: GGUFFile, progress: Progress) -> None:
         super().__init__(file)
+        self._file = file
         self._device = device
         self._progress = progress
         self._total = sum(info.n_bytes for info in file.tensors.values())

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared.engine.interface import Float32
-from shared.errors import ModelError
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile
+from shared.model.tensors import TensorNames
 from shared.quant.codecs import dequantize
 
 
@@ -122,40 +122,20 @@ def _layer(loader: _Loader, config: ModelConfig, prefix: str) -> LayerWeights:
 
 
 class _Loader:
-    """Takes tensors out of a file and remembers which are left."""
+    """Takes tensors out of a file, dequantized."""
 
     def __init__(self, file: GGUFFile) -> None:
         self._file = file
-        self._left = set(file.tensors)
+        self._names = TensorNames(file, "numpy")
 
     def take(self, name: str, shape: tuple[int, ...]) -> Float32:
-        """The tensor, dequantized, with its axes reversed to NumPy's order.
-
-        shape: as in the GGUF, row length first.
-        """
-        info = self._file.tensors.get(name)
-        if info is None:
-            raise ModelError(
-                f"{self._file.path} lacks the tensor {name!r}", "convert the model again", "missing_tensor"
-            )
-        if info.shape != shape:
-            raise ModelError(
-                f"{self._file.path}: tensor {name!r} has shape {info.shape}, its metadata imply {shape}",
-                "convert the model again",
-                "bad_metadata",
-            )
-        self._left.discard(name)
+        """The tensor with its axes reversed to NumPy's order. shape: as in the GGUF, row length first."""
+        info = self._names.take(name, shape)
         return dequantize(self._file.raw(name), info.quant, name).reshape(shape[::-1])
 
     def finish(self) -> None:
-        if self._left:
-            names = sorted(self._left)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ModelError(
-                f"{self._file.path} has tensors that the numpy engine would ignore: {', '.join(names[:3])}{more}",
-                "use the ik engine",
-                "unsupported_variant",
-            )
+        """Refuse tensors that were not taken."""
+        self._names.finish()
 
 
 def _matrix(weights: Float32) -> tuple[Float32, ...]:
