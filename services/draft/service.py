@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from services.draft.drafters import Drafter, ModelDrafter, modelless
@@ -32,7 +33,9 @@ class DraftService(Service):
         super().__init__(settings, instance)
         self._mailbox = Mailbox()
         self._thread = EngineThread(self, "engine", self._compute)
-        self._loaded: asyncio.Future[Drafter]
+        # Running, so that a service that stops meanwhile cannot cancel what the engine thread will set.
+        self._loaded: Future[Drafter] = Future()
+        self._loaded.set_running_or_notify_cancel()
         self._connection: RouterConnection | None = None
         self._stopping = False
 
@@ -40,9 +43,8 @@ class DraftService(Service):
         if self.instance not in self.settings.draft:
             known = ", ".join(sorted(self.settings.draft)) or "none"
             raise SettingsError(f"no draft worker {self.instance!r} is configured", f"configured: {known}")
-        self._loaded = self.loop.create_future()
         self._thread.start()
-        info = (await self._loaded).info
+        info = (await asyncio.wrap_future(self._loaded)).info
         hello = Hello(
             "draft",
             self.instance,
@@ -124,9 +126,9 @@ class DraftService(Service):
                 self.log.info("loading", model=settings.engine.model, engine=settings.engine.engine)
                 drafter = ModelDrafter(load_engine(settings.engine), settings.q_top_k)
         except BaseException as error:
-            self.loop.call_soon_threadsafe(self._loaded.set_exception, error)
+            self._loaded.set_exception(error)
             raise
-        self.loop.call_soon_threadsafe(self._loaded.set_result, drafter)
+        self._loaded.set_result(drafter)
         return drafter
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from services.verifier.sampler_client import SamplerClient, Stopped
@@ -31,15 +32,16 @@ class VerifierService(Service):
         super().__init__(settings, instance)
         self._mailbox = Mailbox()
         self._thread = EngineThread(self, "engine", self._compute)
-        self._loaded: asyncio.Future[EngineInfo]
+        # Running, so that a service that stops meanwhile cannot cancel what the engine thread will set.
+        self._loaded: Future[EngineInfo] = Future()
+        self._loaded.set_running_or_notify_cancel()
         self._connection: RouterConnection | None = None
         self._stopping = False
         self._n_sessions = 0
 
     async def start(self) -> None:
-        self._loaded = self.loop.create_future()
         self._thread.start()
-        info = await self._loaded
+        info = await asyncio.wrap_future(self._loaded)
         hello = Hello(
             "verifier",
             self.instance,
@@ -148,9 +150,9 @@ class VerifierService(Service):
                     f"raise it above {rows}, or lower n_slots or verifier.n_max",
                 )
         except BaseException as error:
-            self.loop.call_soon_threadsafe(self._loaded.set_exception, error)
+            self._loaded.set_exception(error)
             raise
-        self.loop.call_soon_threadsafe(self._loaded.set_result, engine.info)
+        self._loaded.set_result(engine.info)
         return engine
 
 

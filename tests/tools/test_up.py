@@ -173,7 +173,7 @@ def test_target_that_is_missing_ends_the_fleet(run_dir: Path) -> None:
     with up(run_dir, "--set", "draft={}", "--set", "verifier.engine.model=/no/such.gguf") as fleet:
         fleet.until("cannot run: there is no model file /no/such.gguf")
         assert fleet.rest() == EXIT_CONFIG
-    assert not any("Traceback" in line for line in fleet.lines)
+    assert not any("Traceback" in line for line in fleet.lines), "".join(map(str, fleet.lines[-60:]))
 
 
 def test_draft_model_that_is_missing_is_done_without(run_dir: Path) -> None:
@@ -194,7 +194,7 @@ def test_http_port_in_use_ends_the_fleet(run_dir: Path) -> None:
         with up(run_dir, "--set", f"gateway.port={port}", "--set", "draft={}") as fleet:
             assert str(port) in fleet.until("gateway cannot run")
             assert fleet.rest() == EXIT_CONFIG
-    assert not any("Traceback" in line for line in fleet.lines)
+    assert not any("Traceback" in line for line in fleet.lines), "".join(map(str, fleet.lines[-60:]))
 
 
 def test_router_that_has_fallen_silent_is_no_status(run_dir: Path) -> None:
