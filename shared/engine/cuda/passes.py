@@ -34,6 +34,7 @@ _SPLIT_ROWS = 32
 _SPLIT_BYTES = 256 << 20
 """Most memory for the splits' partial results; a batch that needs more takes the other way, with the same bits."""
 _WANTED = 64
+"""Wanted rows of a pass that memory is counted for when a model is loaded: more are seldom asked for."""
 _GATHER = 1024
 PageNumbers = npt.NDArray[np.int32]
 """A page table: [n_slots, max_pages]."""
@@ -101,7 +102,7 @@ class Passes:
         n_batch: int,
         graphs: bool,
     ) -> None:
-        self.device = self._device = device
+        self.device = device
         self._config = config
         self._weights = weights
         self._layout = layout
@@ -143,28 +144,28 @@ class Passes:
 
     def prepare(self) -> None:
         """Compile every kernel that passes of this model use."""
-        self._device.prepare(self._kernels())
+        self.device.prepare(self._kernels())
 
     def close(self) -> None:
         """Let go of the recorded passes, which know this object: with it all memory goes."""
-        self._device.synchronize()
+        self.device.synchronize()
         self._passes.clear()
 
     def write_pages(self, table: PageNumbers) -> None:
         """Tell the device which pages slots have: [n_slots, max_pages]."""
-        self._device.write(self._pages, table)
+        self.device.write(self._pages, table)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target) in every layer."""
         pairs = self._copies.view(0, (len(copies), 2))
-        self._device.write(pairs, np.array(copies, np.int32))
-        attention.copy_pages(self._device, self._cache, self._layout, self._config.n_layer, self._n_pages, pairs)
-        self._device.synchronize()
+        self.device.write(pairs, np.array(copies, np.int32))
+        attention.copy_pages(self.device, self._cache, self._layout, self._config.n_layer, self._n_pages, pairs)
+        self.device.synchronize()
 
     def run(self, chunks: Sequence[Chunk], pages: PageNumbers) -> Pass:
         """Start a pass over a batch that has been checked, with the page table that has room for it."""
         # The last pass may still be reading its inputs.
-        self._device.synchronize()
+        self.device.synchronize()
         chosen = self._fill(chunks, pages, False)
         chosen.start()
         return chosen
@@ -173,21 +174,21 @@ class Passes:
         self, chunks: Sequence[Chunk], pages: PageNumbers, params: Sequence[SamplingParams], n: int
     ) -> Proposed:
         """A chain of passes, whose first is over a batch that has been checked and wants a row of each chunk."""
-        self._device.synchronize()
+        self.device.synchronize()
         chain = self._chain(capacity(len(chunks), self._n_slots))
         for row, (chunk, p) in enumerate(zip(chunks, params, strict=True)):
             position = chunk.start + len(chunk.tokens)
             chain.host_choices[row] = (p.seed, p.temperature, p.top_p, p.min_p, p.top_k, position)
-        self._device.write(chain.choices, chain.host_choices)
+        self.device.write(chain.choices, chain.host_choices)
         for i in range(n):
             chosen = self._fill(chunks, pages, True)
             chosen.inputs.host[4] = i
             chain.start(i, chosen)
             fed = np.full(1, -1, np.int32)
             chunks = [Chunk(chunk.slot, chunk.start + len(chunk.tokens), fed, 1) for chunk in chunks]
-        self._device.read(chain.host_history, chain.history)
-        self._device.read(chain.host_confidences, chain.confidences)
-        self._device.synchronize()
+        self.device.read(chain.host_history, chain.history)
+        self.device.read(chain.host_confidences, chain.confidences)
+        self.device.synchronize()
         rows = len(chunks)
         return Proposed(chain.host_history[:n, :rows].T.copy(), chain.host_confidences[:n, :rows].T.copy())
 
@@ -197,10 +198,10 @@ class Passes:
         for at in range(0, len(ids), _GATHER):
             part = np.ascontiguousarray(ids[at : at + _GATHER])
             targets = self._gather_ids.view(0, part.shape), self._gathered.view(0, part.shape)
-            self._device.write(targets[0], part)
-            head.gather_logits(self._device, logits, row, *targets)
-            self._device.read(out[at : at + len(part)], targets[1])
-        self._device.synchronize()
+            self.device.write(targets[0], part)
+            head.gather_logits(self.device, logits, row, *targets)
+            self.device.read(out[at : at + len(part)], targets[1])
+        self.device.synchronize()
         return out
 
     def _fill(self, chunks: Sequence[Chunk], pages: PageNumbers, chained: bool) -> Pass:
@@ -218,9 +219,9 @@ class Passes:
         key = rows, outs, split, chained
         if key not in self._passes:
             max_items = self._max_items if split else 0
-            inputs = Inputs(self._device, rows, outs, self._group, max_items, self._pages, self._scratch.q)
+            inputs = Inputs(self.device, rows, outs, self._group, max_items, self._pages, self._scratch.q)
             if outs and outs not in self._heads:
-                self._heads[outs] = _Head(self._device, self._config, outs)
+                self._heads[outs] = _Head(self.device, self._config, outs)
             if rows not in self._groups and self._config.n_expert:
                 self._groups[rows] = self._make_groups(rows)
             chain = self._chain(outs) if chained else None
@@ -229,7 +230,7 @@ class Passes:
 
     def _chain(self, rows: int) -> _Chain:
         if rows not in self._chains:
-            self._chains[rows] = _Chain(self._device, rows)
+            self._chains[rows] = _Chain(self.device, rows)
         return self._chains[rows]
 
     # --- what a pass consists of -------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ class Passes:
 
         In a chain, inputs are copied in before the pass, and what comes out is the next tokens.
         """
-        device, weights, s = self._device, self._weights, self._scratch
+        device, weights, s = self.device, self._weights, self._scratch
         if chain is None:
             device.write(inputs.buffer, inputs.host)
         plain = PlainRows(inputs.step.view(0, (1,)), rows)
@@ -264,7 +265,7 @@ class Passes:
         split: bool,
     ) -> None:
         """Add what is due to the residual stream; project attention's output into `projected`."""
-        device, config, s = self._device, self._config, self._scratch
+        device, config, s = self.device, self._config, self._scratch
         norm.add_norm(
             device, inputs.step, stream.x, *stream.parts, layer.attention_norm, config.rms_eps, s.h, s.h_q, rows
         )
@@ -298,7 +299,7 @@ class Passes:
         self, inputs: Inputs, rows: int, layer: LayerWeights, stream: _Stream, plain: PlainRows
     ) -> _Stream:
         """Add attention's output to the residual stream; what the feed-forward adds to it is due next."""
-        device, config, s, eps = self._device, self._config, self._scratch, self._config.rms_eps
+        device, config, s, eps = self.device, self._config, self._scratch, self._config.rms_eps
         if layer.select is None or s.experts is None:
             norm.add_norm(device, inputs.step, stream.x, s.projected, None, 1, layer.ffn_norm, eps, s.h, s.h_q, rows)
             matmul.gate_up(device, layer.gate, layer.up, plain, s.h_q, s.h, s.ff)
@@ -346,7 +347,7 @@ class Passes:
 
     def _down(self, inputs: Inputs, down: Tiles, rows: Groups | PlainRows, max_rows: int, n_used: int) -> None:
         """The feed-forward's outputs of its inner rows."""
-        device, s = self._device, self._scratch
+        device, s = self.device, self._scratch
         quantized = None
         if not matmul.can_quantize(down, rows.rows_per_group):
             quantized, pairs = s.ff_q, max(1, n_used)
@@ -355,7 +356,7 @@ class Passes:
 
     def _logits(self, inputs: Inputs, stream: _Stream, wanted: _Head, chain: _Chain | None) -> None:
         """The wanted rows' logits, their leaders and log-sum-exp, copied out; or the next tokens of a chain."""
-        device, config, weights = self._device, self._config, self._weights
+        device, config, weights = self.device, self._config, self._weights
         plain = PlainRows(inputs.step.view(4, (1,)), wanted.outs)
         norm.output_norm(
             device,
@@ -402,10 +403,10 @@ class Passes:
 
     def _make_groups(self, rows: int) -> Groups:
         config = self._config
-        return Groups.empty(self._device, rows, matmul.columns_for(rows), config.n_expert_used, config.n_expert)
+        return Groups.empty(self.device, rows, matmul.columns_for(rows), config.n_expert_used, config.n_expert)
 
     def _make_scratch(self) -> _Scratch:
-        device, config, rows = self._device, self._config, self._n_batch
+        device, config, rows = self.device, self._config, self._n_batch
         heads = config.n_head * config.head_dim
         n_ff = config.n_expert_ff if config.n_expert else config.n_ff
         n_used, n_expert = config.n_expert_used, config.n_expert
@@ -437,8 +438,8 @@ class Passes:
         )
 
     def _upload(self, array: npt.NDArray[np.generic]) -> Buffer:
-        buffer = self._device.empty(array.shape, array.dtype)
-        self._device.write(buffer, np.ascontiguousarray(array))
+        buffer = self.device.empty(array.shape, array.dtype)
+        self.device.write(buffer, np.ascontiguousarray(array))
         return buffer
 
     def _kernels(self) -> list[tuple[str, str]]:

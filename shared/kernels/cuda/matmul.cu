@@ -20,12 +20,6 @@
 #include "activations.cuh"
 #include "codecs/all.cuh"
 
-struct None {
-  static constexpr bool kDense = true;
-  static constexpr int kElements = 64;
-  static constexpr int kBytes = 4;
-};
-
 template <class A, class B>
 struct Same {
   static constexpr bool value = false;
@@ -260,7 +254,7 @@ template <class C0, class C1, class C2, bool kGateUp>
 struct Matrices {
   const uint8_t *w0, *w1, *w2;
   int rows0, rows1, rows2;
-  int k, split_shift;
+  int split_shift;
 
   MEMBER int n_rows(int matrix) const { return matrix == 0 ? rows0 : matrix == 1 ? rows1 : rows2; }
   // Rows that stand above a matrix's in the output.
@@ -297,7 +291,7 @@ struct Pairs {
 };
 
 // A warp's part of a tile: superblocks [first, end), streamed through a ring of kStages in shared memory.
-template <class C, int kColumns, int kStages>
+template <class C, int kStages>
 struct Stream {
   static constexpr int kBytes = 16 * C::kBytes;
   const uint8_t* from;
@@ -412,7 +406,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
       const int n_tiles = (matrices.n_rows(matrix) + 15) >> 4;
       from += static_cast<int64_t>(expert) * n_tiles * n_blocks * (16 * C::kBytes);
     }
-    Stream<C, kColumns, kStages> stream(from, ring, first, count > 0 || !pairs.stacked ? end : first, lane);
+    Stream<C, kStages> stream(from, ring, first, count > 0 || !pairs.stacked ? end : first, lane);
     // Weights of a plain matrix do not depend on earlier kernels: their copies start before those have ended.
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) stream.copy(lane);
@@ -508,13 +502,13 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
   }
 }
 
-// out[p, :] = the rows of up to three matrices below each other (those not used: null, 0 rows, None) times activations.
+// out[p, :] = the rows of up to three matrices below each other (those not used: null, 0 rows) times activations.
 template <class C0, class C1, class C2, int kColumns, bool kQuantize>
 KERNEL(256, kColumns > 32 ? 1 : 2)
 matmul(const int* table, const int* pairs, int max_groups, int stacked, float per_row, const int8_t* q,
        const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* w0, int rows0, const uint8_t* w1,
        int rows1, const uint8_t* w2, int rows2, int split_shift, float* out, int out_stride) {
-  const Matrices<C0, C1, C2, false> matrices = {w0, w1, w2, rows0, rows1, rows2, k, split_shift};
+  const Matrices<C0, C1, C2, false> matrices = {w0, w1, w2, rows0, rows1, rows2, split_shift};
   multiply_all<C0, C1, C2, kColumns, false, kQuantize>(matrices, {table, pairs, max_groups, stacked != 0, per_row},
                                             {q, scale, sums, x, k}, out, out_stride);
 }
@@ -525,7 +519,7 @@ KERNEL(256, kColumns > 32 ? 1 : 2)
 gate_up(const int* table, const int* pairs, int max_groups, int stacked, float per_row, const int8_t* q,
         const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up,
         int rows, int split_shift, float* out, int out_stride) {
-  const Matrices<CGate, CUp, CUp, true> matrices = {gate, up, nullptr, rows, rows, 0, k, split_shift};
+  const Matrices<CGate, CUp, CUp, true> matrices = {gate, up, nullptr, rows, rows, 0, split_shift};
   multiply_all<CGate, CUp, CUp, kColumns, true, false>(matrices, {table, pairs, max_groups, stacked != 0, per_row},
                                                 {q, scale, sums, x, k}, out, out_stride);
 }
