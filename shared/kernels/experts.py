@@ -34,30 +34,47 @@ MAX_ROWS = 1024
 class Groups:
     """Pairs of a row and one of its experts, cut into groups of one expert (experts.cu).
 
-    pairs: int32 [max_groups, rows_per_group], the pairs row * n_used + slot by ascending expert, then ascending; -1
-        beyond a group's number of pairs.
-    table: int32 [1 + 2 * max_groups]: the number of groups, then the groups' experts and their numbers of pairs
-        (1 .. rows_per_group), each in an array of max_groups.
+    pairs: int32 [max_groups, rows_per_group], the pairs row * n_used + slot by ascending expert, then ascending; what
+        is beyond a group's number of pairs means nothing.
+    words: uint64 [n_layers, max_groups], what a group is and in which pass: products take it as soon as it is there.
+        Each layer of a pass needs its own, since a product may look before its layer's experts are selected.
+    layer: whose groups they are.
     """
 
     pairs: Buffer
-    table: Buffer
-    max_groups: int
-    rows_per_group: int
+    words: Buffer
+    layer: int = 0
 
     @classmethod
-    def empty(cls, device: Device, max_rows: int, rows_per_group: int, n_used: int, n_expert: int) -> Groups:
-        """Room for the groups of `max_rows` rows; rows_per_group is a power of two."""
+    def empty(
+        cls,
+        device: Device,
+        max_rows: int,
+        rows_per_group: int,
+        n_used: int,
+        n_expert: int,
+        n_layers: int = 1,
+    ) -> Groups:
+        """Room for the groups of `max_rows` rows; rows_per_group is a power of two, 2 to 64."""
         n_pairs = max_rows * n_used
         # An expert that has c >= 1 pairs has at most 1 + (c - 1) / rows_per_group groups.
         active = min(n_expert, n_pairs)
         max_groups = active + (n_pairs - active) // rows_per_group
-        return cls(
-            pairs=device.empty((max_groups, rows_per_group), "int32"),
-            table=device.empty((1 + 2 * max_groups,), "int32"),
-            max_groups=max_groups,
-            rows_per_group=rows_per_group,
-        )
+        pairs = device.empty((max_groups, rows_per_group), "int32")
+        return cls(pairs, device.zeros((n_layers, max_groups), "uint64"))
+
+    @property
+    def max_groups(self) -> int:
+        return self.pairs.shape[0]
+
+    @property
+    def rows_per_group(self) -> int:
+        return self.pairs.shape[1]
+
+    @property
+    def own_words(self) -> Buffer:
+        """uint64 [max_groups], those of the layer."""
+        return self.words.view(8 * self.layer * self.max_groups, (self.max_groups,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +153,7 @@ def select_experts(
     kernel = device.kernel("experts.cu", select)
     device.launch(kernel, grid, 32 * _WARPS, [step, *selection], _key_bytes(n_expert))
     arguments = [step, n_expert, n_used, ids, *_table(groups)]
-    shared = 64 * n_expert + 4 * (n_expert + 32)
+    shared = 64 * n_expert + 4 * (n_expert + 33)
     device.launch(device.kernel("experts.cu", group), (1,), _GROUP_THREADS, arguments, shared)
 
 
@@ -208,7 +225,7 @@ def _fused_block(n_embd: int, max_rows: int) -> tuple[int, int]:
 
 
 def _table(groups: Groups) -> list[Argument]:
-    return [groups.rows_per_group.bit_length() - 1, groups.max_groups, groups.pairs, groups.table]
+    return [groups.rows_per_group.bit_length() - 1, groups.max_groups, groups.pairs, groups.own_words]
 
 
 def _key_bytes(n_expert: int) -> int:
@@ -218,4 +235,4 @@ def _key_bytes(n_expert: int) -> int:
 
 def _few_rows_bytes(n_expert: int, n_used: int, max_rows: int) -> int:
     """Shared memory of `FewRows`."""
-    return _key_bytes(n_expert) + 8 * n_expert + 128 * n_used + 4 * max_rows * n_expert
+    return _key_bytes(n_expert) + 8 * n_expert + 128 * n_used + 16 + 4 * max_rows * n_expert

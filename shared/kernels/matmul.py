@@ -20,7 +20,7 @@ COLUMNS = (8, 16, 32, 64)
 """Rows of activations that one work item takes, as compiled."""
 
 _WARPS = 8
-_MOST_SHARED = 99 * 1024
+_MOST_SHARED = 99 * 1024 - 16
 _MOST_QUANTIZED = 2048
 """Longest rows that are quantized by every block that needs them."""
 _FULL = 1024
@@ -43,20 +43,44 @@ class PlainRows:
         return ceil(self.max_rows / self.rows_per_group)
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Rows of a stack's matrices: `groups` of the pass whose number is `number`, int32 [1] on the device."""
+
+    groups: Groups
+    number: Buffer
+
+    @property
+    def rows_per_group(self) -> int:
+        return self.groups.rows_per_group
+
+    @property
+    def max_groups(self) -> int:
+        return self.groups.max_groups
+
+
 def columns_for(n_rows: int) -> int:
     """The smallest of COLUMNS that holds so many rows at a time, or the largest."""
     return next((columns for columns in COLUMNS if n_rows <= columns), COLUMNS[-1])
 
 
-def shared_bytes(codecs: Sequence[Codec], columns: int, k: int = 0) -> int:
-    """Dynamic shared memory of a block, at most 99 KiB: `Layout` in matmul.cu, and room to quantize rows of k elements.
+def shared_memory(codecs: Sequence[Codec], columns: int, n_blocks: int, k: int = 0) -> tuple[int, int]:
+    """Stages of a warp's ring, and dynamic shared memory of a block, at most 99 KiB: `Layout` in matmul.cu, and room to
+    quantize rows of k elements.
 
-    k: 0 where rows are quantized already.
+    At few rows a ring has no more stages than a warp has superblocks, so that blocks of later kernels find room too.
+
+    Args:
+        n_blocks: the most superblocks of a warp. k: 0 where rows are quantized already.
     """
     stage = _WARPS * 16 * max(codec.bytes for codec in codecs)
-    rows, sums = _WARPS * 2 * columns * 4, 0 if columns > COLUMNS[0] else _WARPS * 4 * 32 * 4
+    few = columns == COLUMNS[0]
+    rows, sums = _WARPS * 2 * columns * 4, _WARPS * 4 * 32 * 4 if few else 0
     rest = _MOST_SHARED - rows - sums - (_rounded_bytes(_MOST_QUANTIZED) if k else 0)
-    return min(6, max(2, rest // stage)) * stage + rows + sums + _rounded_bytes(k)
+    stages = min(6, max(2, rest // stage))
+    if few:
+        stages = min(stages, n_blocks)
+    return stages, stages * stage + rows + sums + _rounded_bytes(k)
 
 
 def _rounded_bytes(k: int) -> int:
@@ -83,7 +107,7 @@ def gate_up_name(gate: Tiles, up: Tiles, columns: int) -> str:
 def matmul(
     device: Device,
     matrices: Sequence[Tiles],
-    rows: Groups | PlainRows,
+    rows: ExpertRows | PlainRows,
     x: Activations | None,
     floats: Buffer | None,
     out: Buffer,
@@ -105,7 +129,12 @@ def matmul(
     splits = n_splits(tiles * max(1, n_used), min(matrix.n_blocks for matrix in matrices), 8)
     kernel = device.kernel("matmul.cu", matmul_name(matrices, rows.rows_per_group, x is None))
     k = matrices[0].k
-    shared = shared_bytes([matrix.codec for matrix in matrices], rows.rows_per_group, k if x is None else 0)
+    stages, shared = shared_memory(
+        [matrix.codec for matrix in matrices],
+        rows.rows_per_group,
+        max(ceil(matrix.n_blocks / splits) for matrix in matrices),
+        k if x is None else 0,
+    )
     activations = (x.q, x.scale, x.sums) if x is not None else (None, None, None)
     device.launch(
         kernel,
@@ -116,7 +145,7 @@ def matmul(
             1.0,
             *(*activations, floats, k),
             *(*first, *more[0], *more[1]),
-            *(splits.bit_length() - 1, out, sum(matrix.n_rows for matrix in matrices)),
+            *(splits.bit_length() - 1, stages, out, sum(matrix.n_rows for matrix in matrices)),
         ],
         shared,
     )
@@ -126,7 +155,7 @@ def gate_up(
     device: Device,
     gate: Tiles,
     up: Tiles,
-    rows: Groups | PlainRows,
+    rows: ExpertRows | PlainRows,
     x: Activations,
     floats: Buffer | None,
     out: Buffer,
@@ -140,7 +169,8 @@ def gate_up(
     tiles = ceil(gate.n_rows / 16)
     splits = n_splits(2 * tiles * max(1, n_used), min(gate.n_blocks, up.n_blocks), 4)
     kernel = device.kernel("matmul.cu", gate_up_name(gate, up, rows.rows_per_group))
-    shared = shared_bytes([gate.codec, up.codec], rows.rows_per_group)
+    n_blocks = ceil(max(gate.n_blocks, up.n_blocks) / splits)
+    stages, shared = shared_memory([gate.codec, up.codec], rows.rows_per_group, n_blocks)
     device.launch(
         kernel,
         (ceil(2 * tiles * splits / _WARPS), rows.max_groups),
@@ -149,17 +179,17 @@ def gate_up(
             *_rows(rows),
             1.0 / max(1, n_used),
             *(x.q, x.scale, x.sums, floats, gate.k),
-            *(gate.buffer, up.buffer, gate.n_rows, splits.bit_length() - 1, out, gate.n_rows),
+            *(gate.buffer, up.buffer, gate.n_rows, splits.bit_length() - 1, stages, out, gate.n_rows),
         ],
         shared,
     )
 
 
-def _rows(rows: Groups | PlainRows) -> tuple[Argument, ...]:
-    """The kernels' arguments table, pairs, max_groups and stacked."""
+def _rows(rows: ExpertRows | PlainRows) -> tuple[Argument, ...]:
+    """The kernels' arguments number, groups and pairs."""
     if isinstance(rows, PlainRows):
-        return rows.count, None, rows.max_groups, 0
-    return rows.table, rows.pairs, rows.max_groups, 1
+        return rows.count, None, None
+    return rows.number, rows.groups.own_words, rows.groups.pairs
 
 
 def n_splits(tiles: int, n_blocks: int, most: int) -> int:

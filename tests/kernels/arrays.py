@@ -18,9 +18,13 @@ def upload(device: Device, array: Array) -> Buffer:
     return buffer
 
 
+PASS = 0x7EDCBA98
+"""The number of every step here."""
+
+
 def step_of(device: Device, n_rows: int, n_out: int = 0) -> Buffer:
-    """The sizes of a step, as kernels read them."""
-    return upload(device, np.array([n_rows, n_out], np.int32))
+    """The sizes of a step, and its number, as kernels read them."""
+    return upload(device, np.array([n_rows, n_out, 0, PASS], np.int32))
 
 
 def download(device: Device, buffer: Buffer) -> Array:

@@ -19,7 +19,7 @@ from shared.kernels.experts import (
     select_experts,
 )
 from shared.kernels.norm import add_norm
-from tests.kernels.arrays import Array, assert_same_bits, download, is_poison, poisoned, step_of, upload
+from tests.kernels.arrays import PASS, Array, assert_same_bits, download, is_poison, poisoned, step_of, upload
 
 ROWS = [1, 2, 3, 8, 16, 17, 31, 32, 33]
 SPARE = 2  # rows of each buffer beyond those of the step
@@ -98,19 +98,25 @@ def run_select(
 def poisoned_groups(device: Device, *arguments: int) -> Groups:
     groups = Groups.empty(device, *arguments)
     device.fill(groups.pairs, 0xA5)
-    device.fill(groups.table, 0xA5)
+    device.fill(groups.words, 0xA5)
     return groups
 
 
 def read_groups(device: Device, groups: Groups) -> tuple[Array, Array]:
-    """The pairs, and the groups [n, 2]: expert, count; behind them there are no pairs, and the table is untouched."""
-    pairs, table = download(device, groups.pairs), download(device, groups.table)
-    n = int(table[0])
-    columns = table[1:].reshape(2, groups.max_groups)
-    assert n <= groups.max_groups
-    assert (pairs[n:] == -1).all()
-    assert is_poison(columns[:, n:])
-    return pairs[:n], columns[:, :n].T
+    """The pairs [n, rows_per_group], -1 beyond a group's count, and the groups [n, 2]: expert, count.
+
+    Every word has the pass's number; behind the groups, they say that there is none.
+    """
+    pairs, words = download(device, groups.pairs), download(device, groups.words)[0]
+    assert (words & 0xFFFFFFFF == PASS).all()
+    count, expert, pair = words >> 32 & 127, words >> 39 & 511, words >> 48
+    n = int((count > 0).sum())
+    assert (words[n:] >> 32 == 0).all()
+    count, expert, pair, pairs = (x[:n].astype(np.int32) for x in (count, expert, pair, pairs))
+    pairs[count == 1, 0] = pair[count == 1]
+    assert (pair[count != 1] == 0).all()
+    pairs[np.arange(groups.rows_per_group) >= count[:, None]] = -1
+    return pairs, np.stack([expert, count], axis=1)
 
 
 def expected_groups(ids: Array, rows_per_group: int) -> tuple[Array, Array]:
@@ -151,7 +157,7 @@ def test_selection_agrees_with_numpy(device: Device, rows: int) -> None:
 @pytest.mark.parametrize(
     ("n_expert", "n_used", "normalize", "scale", "rows_per_group"),
     [
-        (8, 2, False, 1.0, 1),
+        (8, 2, False, 1.0, 2),
         (64, 6, False, 2.5, 16),
         (128, 8, True, 1.0, 32),
         (512, 16, True, 2.5, 8),
@@ -197,7 +203,7 @@ def test_equal_scores_choose_the_lower_id(device: Device) -> None:
 
 
 def test_an_expert_of_all_rows_is_cut_into_groups(device: Device) -> None:
-    """Expert 3 gets every row, expert 4 none; with one row per group there are as many groups as pairs."""
+    """Expert 3 gets every row, expert 4 none; with two rows per group it has 17."""
     scores = random_scores(33, 8)
     scores[:, 3] = 10
     scores[:, 4] = -10
@@ -206,7 +212,9 @@ def test_an_expert_of_all_rows_is_cut_into_groups(device: Device) -> None:
     experts, counts = selection.groups[:, 0], selection.groups[:, 1]
     assert counts[experts == 3].tolist() == [8, 8, 8, 8, 1]
     assert 4 not in experts
-    assert len(run_select(device, scores, 2, rows_per_group=1).groups) == 66
+    by_two = run_select(device, scores, 2, rows_per_group=2)
+    assert_selection(by_two, scores, rows_per_group=2)
+    assert by_two.groups[by_two.groups[:, 0] == 3, 1].tolist() == 16 * [2] + [1]
 
 
 def test_a_step_without_rows_has_no_groups(device: Device) -> None:
@@ -320,7 +328,7 @@ class Stepping:
     def results(self) -> list[Array]:
         """What both ways write, apart from x."""
         out, groups = self.out, self.groups
-        buffers = (self.h, out.q, out.scale, out.sums, self.ids, self.weights, groups.pairs, groups.table)
+        buffers = (self.h, out.q, out.scale, out.sums, self.ids, self.weights, groups.pairs, groups.words)
         return [download(self.device, buffer) for buffer in buffers]
 
     def assert_handed_over(self) -> None:
@@ -398,8 +406,8 @@ def test_one_kernel_replays(device: Device) -> None:
         _, *expected = three.results()
         for array, other in zip(arrays[:-2], expected[:-2], strict=True):
             assert_same_bits(array[: len(step.x)], other[: len(step.x)])
-        assert_same_bits(arrays[-2], expected[-2])
-        assert arrays[-1][0] == expected[-1][0]
+        for array, other in zip(read_groups(device, one.groups), read_groups(device, three.groups), strict=True):
+            assert_same_bits(array, other)
         one.assert_handed_over()
     assert is_poison(download(device, one.h))
 

@@ -12,6 +12,7 @@ from shared.kernels.device import Device
 from shared.kernels.experts import Groups
 from shared.kernels.matmul import (
     COLUMNS,
+    ExpertRows,
     PlainRows,
     can_quantize,
     columns_for,
@@ -20,14 +21,14 @@ from shared.kernels.matmul import (
     matmul,
     matmul_name,
     n_splits,
-    shared_bytes,
+    shared_memory,
 )
 from shared.kernels.norm import quantize
 from shared.kernels.weights import CODECS, Tiles, codec_of, repack
 from shared.quant import types
 from shared.quant.codecs import dequantize
 from shared.quant.types import BY_ID, QuantType
-from tests.kernels.arrays import Array, assert_same_bits, download, is_poison, poisoned, step_of, upload
+from tests.kernels.arrays import PASS, Array, assert_same_bits, download, is_poison, poisoned, step_of, upload
 from tests.kernels.blocks import random_matrix
 
 QUANTS = [BY_ID[i] for i in CODECS]
@@ -69,24 +70,25 @@ def plain(device: Device, rows: int) -> PlainRows:
     return PlainRows(step_of(device, rows).view(0, (1,)), rows)
 
 
-def chosen(device: Device, ids: Array, columns: int, n_expert: int) -> Groups:
+def chosen(device: Device, ids: Array, columns: int, n_expert: int) -> ExpertRows:
     """The groups of rows that go through the experts ids [rows, n_used]."""
     rows, n_used = ids.shape
     groups = Groups.empty(device, rows, columns, n_used, n_expert)
     order = np.argsort(ids.ravel(), kind="stable").astype(np.int32)
-    table = np.zeros((2, groups.max_groups), np.int32)
+    words = np.full(groups.max_groups, PASS, np.uint64)
     pairs = np.full((groups.max_groups, columns), -1, np.int32)
     n = at = 0
     for expert, count in zip(*np.unique(ids, return_counts=True), strict=True):
         for first in range(at, at + count, columns):
             part = order[first : min(first + columns, at + count)]
-            table[:, n] = expert, len(part)
-            pairs[n, : len(part)] = part
+            words[n] += np.uint64((len(part) | int(expert) << 7 | (int(part[0]) << 16 if len(part) == 1 else 0)) << 32)
+            if len(part) > 1:
+                pairs[n, : len(part)] = part
             n += 1
         at += count
     device.write(groups.pairs, pairs)
-    device.write(groups.table, np.concatenate([[n], table.ravel()]).astype(np.int32))
-    return groups
+    device.write(groups.own_words, words)
+    return ExpertRows(groups, step_of(device, rows).view(12, (1,)))
 
 
 def assert_close(actual: Array, expected: Array, tolerance: float = 2e-6) -> None:
@@ -100,7 +102,7 @@ def run(
     device: Device,
     matrices: list[Matrix],
     rows: Rows,
-    groups: Groups | PlainRows,
+    groups: ExpertRows | PlainRows,
     n_pairs: int,
     n_used: int = 0,
     *,
@@ -230,8 +232,8 @@ def test_rows_quantized_on_the_way_give_the_same_bits(device: Device, quant: Qua
 def test_every_instance_fits_every_gpu() -> None:
     """No block asks for more shared memory than the smallest GPU gives one: 99 KiB."""
     for codec in CODECS.values():
-        assert all(shared_bytes([codec], columns) <= 99 * 1024 for columns in COLUMNS)
-        assert codec.dense or shared_bytes([codec], 8, 2048) <= 99 * 1024
+        assert all(shared_memory([codec], columns, 16)[1] <= 99 * 1024 for columns in COLUMNS)
+        assert codec.dense or shared_memory([codec], 8, 16, 2048)[1] <= 99 * 1024
 
 
 def test_how_a_row_is_split_follows_from_the_shape() -> None:

@@ -1,7 +1,7 @@
 """What a pass is told: one small int32 array, written by the host and copied to the device at once.
 
 The layout is fixed by a pass's capacity, so that a captured graph finds everything at the same address. Kernels know
-the header: [0] rows, [1] wanted rows, [2] attention's work: query tiles, or their splits.
+the header: [0] rows, [1] wanted rows, [2] attention's work: query tiles, or their splits, [3] the pass's number.
 
 Invariant: only copies write it, and none while a pass runs, since kernels read it before those ahead of them are done.
 """
@@ -70,10 +70,10 @@ class Inputs:
             q,
         )
 
-    def fill(self, chunks: Sequence[Chunk], pages: npt.NDArray[np.int32]) -> bool:
+    def fill(self, chunks: Sequence[Chunk], pages: npt.NDArray[np.int32], number: int) -> bool:
         """Describe a batch; False if it has more splits than there is room for.
 
-        pages: the page table, with the pages that the batch writes.
+        pages: the page table, with the pages that the batch writes. number: the pass's, from 1 on.
         """
         header, tokens, positions, cells, out_rows, heads, work = self._host
         at = n_out = 0
@@ -99,5 +99,5 @@ class Inputs:
         else:
             planned = whole_work(tiles)
         work[: planned.size] = planned.ravel()
-        header[:3] = at, n_out, len(planned)
+        header[:4] = at, n_out, len(planned), number
         return True

@@ -23,7 +23,7 @@ from shared.kernels.choose import KERNEL as CHOOSE_KERNEL
 from shared.kernels.device import Buffer, Device, Graph
 from shared.kernels.experts import Groups, Handover
 from shared.kernels.head import Chunks
-from shared.kernels.matmul import PlainRows
+from shared.kernels.matmul import ExpertRows, PlainRows
 from shared.kernels.weights import Tiles, embed, embed_kernel
 from shared.model.config import ModelConfig, RopeStyle
 from shared.model.rope import rope_tables
@@ -38,6 +38,7 @@ _WANTED = 64
 _GATHER = 1024
 PageNumbers = npt.NDArray[np.int32]
 """A page table: [n_slots, max_pages]."""
+_MOST_NUMBER = 2**31 - 1
 MAX_CHAIN = 16
 """Most passes of a chain."""
 
@@ -129,6 +130,7 @@ class Passes:
         self._passes: dict[tuple[int, int, bool, bool], Pass] = {}
         self._chains: dict[int, _Chain] = {}
         self._fed = device.zeros((n_slots,), np.int32)
+        self._number = 0
         self._heads: dict[int, _Head] = {}
 
     @staticmethod
@@ -210,10 +212,21 @@ class Passes:
         n_out = sum(chunk.rows for chunk in chunks)
         outs = capacity(n_out, self._n_slots if chained else self._n_batch) if n_out else 0
         chosen = self._pass(rows, outs, rows <= _SPLIT_ROWS, chained)
-        if not chosen.inputs.fill(chunks, pages):
+        number = self._next_number()
+        if not chosen.inputs.fill(chunks, pages, number):
             chosen = self._pass(rows, outs, False, chained)
-            chosen.inputs.fill(chunks, pages)
+            chosen.inputs.fill(chunks, pages, number)
         return chosen
+
+    def _next_number(self) -> int:
+        """The next pass's number, which no groups of experts in memory have."""
+        if self._number == _MOST_NUMBER:
+            self.device.synchronize()
+            for groups in self._groups.values():
+                self.device.fill(groups.words, 0)
+            self._number = 0
+        self._number += 1
+        return self._number
 
     def _pass(self, rows: int, outs: int, split: bool, chained: bool) -> Pass:
         key = rows, outs, split, chained
@@ -248,9 +261,9 @@ class Passes:
             device, inputs.step, inputs.tokens, self._fed, weights.embedding, s.x.view(0, (rows, self._config.n_embd))
         )
         stream = _Stream(s.x, s.spare, (None, None, 0))
-        for layer, cache in zip(weights.layers, self._layers, strict=True):
+        for number, (layer, cache) in enumerate(zip(weights.layers, self._layers, strict=True)):
             self._attention(inputs, rows, layer, cache, stream, plain, split)
-            stream = self._feed_forward(inputs, rows, layer, stream, plain)
+            stream = self._feed_forward(inputs, rows, number, layer, stream, plain)
         if wanted is not None:
             self._logits(inputs, stream, wanted, chain)
 
@@ -296,7 +309,7 @@ class Passes:
         matmul.matmul(device, [layer.output], plain, s.mixed_q, s.mixed, s.projected)
 
     def _feed_forward(
-        self, inputs: Inputs, rows: int, layer: LayerWeights, stream: _Stream, plain: PlainRows
+        self, inputs: Inputs, rows: int, number: int, layer: LayerWeights, stream: _Stream, plain: PlainRows
     ) -> _Stream:
         """Add attention's output to the residual stream; what the feed-forward adds to it is due next."""
         device, config, s, eps = self.device, self._config, self._scratch, self._config.rms_eps
@@ -305,7 +318,9 @@ class Passes:
             matmul.gate_up(device, layer.gate, layer.up, plain, s.h_q, s.h, s.ff)
             self._down(inputs, layer.down, plain, rows, 0)
             return replace(stream, parts=(s.y, None, 1))
-        groups, chosen, n_used = self._groups[rows], s.experts, config.n_expert_used
+        chosen, n_used = s.experts, config.n_expert_used
+        groups = replace(self._groups[rows], layer=number)
+        pairs = ExpertRows(groups, inputs.step.view(12, (1,)))
         if rows <= experts.FEW_ROWS:
             experts.norm_scores_select(
                 device,
@@ -341,11 +356,11 @@ class Passes:
                 groups,
                 rows,
             )
-        matmul.gate_up(device, layer.gate, layer.up, groups, s.h_q, s.h, s.ff, n_used=n_used)
-        self._down(inputs, layer.down, groups, rows, n_used)
+        matmul.gate_up(device, layer.gate, layer.up, pairs, s.h_q, s.h, s.ff, n_used=n_used)
+        self._down(inputs, layer.down, pairs, rows, n_used)
         return replace(stream, parts=(s.y, chosen.shares, n_used))
 
-    def _down(self, inputs: Inputs, down: Tiles, rows: Groups | PlainRows, max_rows: int, n_used: int) -> None:
+    def _down(self, inputs: Inputs, down: Tiles, rows: ExpertRows | PlainRows, max_rows: int, n_used: int) -> None:
         """The feed-forward's outputs of its inner rows."""
         device, s = self.device, self._scratch
         quantized = None
@@ -403,7 +418,8 @@ class Passes:
 
     def _make_groups(self, rows: int) -> Groups:
         config = self._config
-        return Groups.empty(self.device, rows, matmul.columns_for(rows), config.n_expert_used, config.n_expert)
+        columns, n_used = matmul.columns_for(rows), config.n_expert_used
+        return Groups.empty(self.device, rows, columns, n_used, config.n_expert, config.n_layer)
 
     def _make_scratch(self) -> _Scratch:
         device, config, rows = self.device, self._config, self._n_batch

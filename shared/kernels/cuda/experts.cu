@@ -3,35 +3,44 @@
 // A pair is a row with one of its n_used experts: pair row * n_used + slot. The pairs of an expert, ascending, are cut
 // into groups of at most rows_per_group, and a group is what a block of an expert product takes on at a time. Groups
 // are in the order of their experts, then of their pairs.
-//   pairs   int32 [max_groups, rows_per_group]  each group's pairs, -1 beyond its count
-//   groups  int32 [1 + 2 * max_groups]          the number of groups, then two arrays of max_groups each: the group's
-//                                               expert, and how many pairs it has (1 .. rows_per_group)
+//   pairs   int32 [max_groups, rows_per_group]  each group's pairs; beyond its count anything
+//   groups  uint64 [max_groups]                 a word each, from bit 0: number of the pass 32, number of pairs 7, expert
+//                                               9, the pair if there is only one 14; all but the first 0 where no group is
+// Groups are published (machine.cuh), so that products load their weights while they wait for activations. The number
+// of the pass tells a group from an earlier pass's, and each layer has groups of its own.
 //
-// n_expert up to 512, n_used up to 16, rows_per_group = 1 << group_shift.
+// n_expert up to 512, n_used up to 16, rows up to 1024, rows_per_group = 1 << group_shift from 2 to 64.
 #include "norm.cu"
 #include "order.cuh"
 
 struct Groups {
-  int *pairs, *n, *expert, *count;
+  int* pairs;
+  uint64_t* words;
   int max_groups, shift;
-  MEMBER Groups(int* pairs, int* table, int max_groups, int shift)
-      : pairs(pairs), n(table), expert(table + 1), count(expert + max_groups), max_groups(max_groups), shift(shift) {}
+  uint32_t pass;
+  // step[3]: the number of the pass.
+  MEMBER Groups(const int* step, int* pairs, uint64_t* words, int max_groups, int shift)
+      : pairs(pairs), words(words), max_groups(max_groups), shift(shift), pass(static_cast<uint32_t>(step[3])) {}
   // How many groups an expert of `n_pairs` pairs makes.
   MEMBER int groups_of(int n_pairs) const { return (n_pairs + (1 << shift) - 1) >> shift; }
-  // The groups of an expert from number `first` on.
-  MEMBER void describe(int first, int expert_, int n_pairs) const {
-#pragma unroll 1
-    for (; n_pairs > 0; n_pairs -= 1 << shift) {
-      expert[first] = expert_;
-      count[first++] = min_(1 << shift, n_pairs);
-    }
-  }
   // `pair` as number `at` of an expert whose groups begin at `first`.
   MEMBER void put(int first, int at, int pair) const { pairs[(first << shift) + at] = pair; }
-  // No pairs; by all threads of a block, which a barrier must separate from `put`.
-  MEMBER void clear() const {
+  MEMBER uint64_t word(int n_pairs, int expert, int pair) const {
+    return static_cast<uint64_t>(n_pairs | expert << 7 | pair << 16) << 32 | pass;
+  }
+  // Whether an expert's pair number `at` is alone in its group.
+  MEMBER bool alone(int at, int n_pairs) const { return (at & ((1 << shift) - 1)) == 0 && at == n_pairs - 1; }
+  // Publishes an expert's groups, from number `first` on, whose pairs a barrier separates from this. lone: its pair that
+  // is alone in its group, if there is one.
+  MEMBER void publish_groups(int first, int expert, int n_pairs, int lone) const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < max_groups << shift; i += blockDim.x) pairs[i] = -1;
+    for (; n_pairs > 0; n_pairs -= 1 << shift, ++first)
+      publish(words + first, word(min_(1 << shift, n_pairs), expert, n_pairs == 1 ? lone : 0));
+  }
+  // Publishes that there are no groups from number n on; by all threads of a block.
+  MEMBER void publish_end(int n) const {
+#pragma unroll 1
+    for (int i = n + threadIdx.x; i < max_groups; i += blockDim.x) publish(words + i, word(0, 0, 0));
   }
 };
 
@@ -211,21 +220,22 @@ struct FewRows {
   uint32_t* rows;  // [n_expert]: bit r: row r chose it
   int* firsts;     // [n_expert]: its first group
   int* chosen;     // [32, n_used]
+  int* n_groups;   // [4], of which the first is used
   float* scores;   // [rows, n_expert], filled by who uses this
-  // In shared memory of 8 * kWarps * kKeys + 8 * n_expert + 128 * n_used + 4 * n_rows * n_expert bytes.
+  // In shared memory of 8 * kWarps * kKeys + 8 * n_expert + 128 * n_used + 16 + 4 * n_rows * n_expert bytes.
   MEMBER FewRows(uint8_t* shared, int n_expert, int n_used)
       : keys(reinterpret_cast<uint64_t*>(shared)),
         rows(reinterpret_cast<uint32_t*>(keys + kWarps * kKeys)),
         firsts(reinterpret_cast<int*>(rows + n_expert)),
         chosen(firsts + n_expert),
-        scores(reinterpret_cast<float*>(chosen + 32 * n_used)) {}
+        n_groups(chosen + 32 * n_used),
+        scores(reinterpret_cast<float*>(n_groups + 4)) {}
 
   // ids, weights [rows, n_used] from `scores` as select_row says, and the groups. warp and n_rows are uniform.
   MEMBER void select(int warp, int n_rows, int n_expert, int n_used, bool normalize, float expert_scale, int* ids,
                      float* weights, const Groups& groups) const {
     int thread = threadIdx.x, lane = threadIdx.x % 32;
     uint64_t* own_keys = keys + warp * kKeys;
-    groups.clear();
 #pragma unroll 1
     for (int expert = thread; expert < n_expert; expert += kThreads) rows[expert] = 0;
     sync_block();
@@ -252,43 +262,47 @@ struct FewRows {
         rank += others.x > ~static_cast<uint32_t>(id);
         rank += others.z > ~static_cast<uint32_t>(id);
       }
-      if (lane < n_used) {
-        groups.expert[rank] = id;
-        groups.count[rank] = 1;
-        groups.put(rank, 0, lane);
-      }
-      if (lane == 0) *groups.n = n_used;
+      // The word says it all, so it need not wait for what was written before.
+      if (lane < n_used) *static_cast<volatile uint64_t*>(groups.words + rank) = groups.word(1, id, lane);
+#pragma unroll 1
+      for (int i = n_used + lane; i < groups.max_groups; i += 32)
+        *static_cast<volatile uint64_t*>(groups.words + i) = groups.word(0, 0, 0);
       return;
     }
     sync_block();
     if (warp == 0) {
       // kPerLane consecutive experts per lane.
-      int n_groups = 0;
+      int n_own = 0;
 #pragma unroll 4
       for (int i = 0; i < kPerLane; i++) {
         int expert = lane * kPerLane + i;
-        n_groups += expert < n_expert ? groups.groups_of(count_bits(rows[expert])) : 0;
+        n_own += expert < n_expert ? groups.groups_of(count_bits(rows[expert])) : 0;
       }
-      int end = scan_warp(n_groups), first = end - n_groups;
+      int end = scan_warp(n_own), first = end - n_own;
 #pragma unroll 1
       for (int i = 0; i < kPerLane; i++) {
         int expert = lane * kPerLane + i;
         if (expert >= n_expert) break;
-        int n_pairs = count_bits(rows[expert]);
         firsts[expert] = first;
-        groups.describe(first, expert, n_pairs);
-        first += groups.groups_of(n_pairs);
+        first += groups.groups_of(count_bits(rows[expert]));
       }
-      if (lane == 31) *groups.n = end;
+      if (lane == 31) *n_groups = end;
     }
     sync_block();
-    if (lane >= n_used) return;
+    int* lone = reinterpret_cast<int*>(keys);  // [n_expert]; nobody needs the keys any more
 #pragma unroll 1
-    for (int row = warp; row < n_rows; row += kWarps) {
+    for (int row = warp; row < n_rows && lane < n_used; row += kWarps) {
       int pair = row * n_used + lane;
       int expert = chosen[pair];
-      groups.put(firsts[expert], count_bits(rows[expert] & ((1u << row) - 1)), pair);
+      int at = count_bits(rows[expert] & ((1u << row) - 1));
+      groups.put(firsts[expert], at, pair);
+      if (groups.alone(at, count_bits(rows[expert]))) lone[expert] = pair;
     }
+    sync_block();
+#pragma unroll 1
+    for (int expert = thread; expert < n_expert; expert += kThreads)
+      groups.publish_groups(firsts[expert], expert, count_bits(rows[expert]), lone[expert]);
+    groups.publish_end(*n_groups);
   }
 };
 
@@ -319,7 +333,7 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
                    const float* norm_weight, float eps, int n_embd, float* h, int8_t* q, float* scale, int16_t* sums,
                    const float* weight, int n_early, int n_expert, int n_used, int normalize, float expert_scale,
                    uint32_t* handed, int* counter, int* ids, float* weights, int group_shift, int max_groups,
-                   int* pairs, int* table) {
+                   int* pairs, uint64_t* words) {
   launch_next();
   static constexpr bool kAllEarly = all_early(kRounds, kExperts);
   if (kAllEarly) n_early = n_embd;
@@ -489,14 +503,14 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
     }
   }
   few.select(warp, n_all, n_expert, n_used, normalize, expert_scale, ids, weights,
-             Groups(pairs, table, max_groups, group_shift));
+             Groups(step, pairs, words, max_groups, group_shift));
 }
 
 // For a few rows, up to 32, selection and groups at once: ids, weights [rows, n_used] from scores [rows, n_expert].
 template <int kPerLane>
 KERNEL(kThreads, 1)
 select_and_group(const int* step, const float* scores, int n_expert, int n_used, int normalize, float expert_scale,
-                 int* ids, float* weights, int group_shift, int max_groups, int* pairs, int* table) {
+                 int* ids, float* weights, int group_shift, int max_groups, int* pairs, uint64_t* words) {
   launch_next();
   wait_for_previous();
   DYNAMIC_SHARED(shared);
@@ -505,7 +519,7 @@ select_and_group(const int* step, const float* scores, int n_expert, int n_used,
 #pragma unroll 4
   for (int i = threadIdx.x; i < n_rows * n_expert; i += kThreads) few.scores[i] = scores[i];
   few.select(uniform(threadIdx.x / 32), n_rows, n_expert, n_used, normalize, expert_scale, ids, weights,
-             Groups(pairs, table, max_groups, group_shift));
+             Groups(step, pairs, words, max_groups, group_shift));
 }
 
 // For more rows, the same in two kernels, since one multiprocessor alone is slow at selecting. First ids and weights, a
@@ -532,24 +546,24 @@ select_experts(const int* step, const float* scores, int n_expert, int n_used, i
 // that takes its rows one by one counts in counters of its own without conflicts, and its pairs stay in order. Then
 // thread e sums expert e's counters over the warps, and a scan over the experts says where each one's groups begin.
 //
-// Dynamic shared memory: 32 * n_expert counters of 2 bytes, then 4 * (n_expert + 32) bytes.
+// Dynamic shared memory: 32 * n_expert counters of 2 bytes, then 4 * (n_expert + 33) bytes.
 KERNEL(1024, 1)
 group_experts(const int* step, int n_expert, int n_used, const int* ids, int group_shift, int max_groups, int* pairs,
-              int* table) {
+              uint64_t* words) {
   launch_next();
   wait_for_previous();
   DYNAMIC_SHARED(shared);
   uint16_t* counters = reinterpret_cast<uint16_t*>(shared);        // [warp, n_expert]
   int* firsts = reinterpret_cast<int*>(counters + 32 * n_expert);  // [n_expert]
   int* warp_totals = firsts + n_expert;                            // [32]
-  Groups groups(pairs, table, max_groups, group_shift);
+  int* n_groups = warp_totals + 32;
+  Groups groups(step, pairs, words, max_groups, group_shift);
   int n_rows = step[0];
   int thread = threadIdx.x, lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
   int rows_per_warp = max_(1, (n_rows + 31) >> 5);
   int first_row = warp * rows_per_warp, end_row = min_(first_row + rows_per_warp, n_rows);
   uint16_t* own = counters + warp * n_expert;
 
-  groups.clear();
 #pragma unroll 1
   for (int expert = lane; expert < n_expert; expert += 32) own[expert] = 0;
   sync_warp();
@@ -570,15 +584,14 @@ group_experts(const int* step, int n_expert, int n_used, const int* ids, int gro
       n_pairs += count;
     }
   }
-  int n_groups = groups.groups_of(n_pairs), end = scan_warp(n_groups);
+  int n_own = groups.groups_of(n_pairs), end = scan_warp(n_own);
   if (lane == 31) warp_totals[warp] = end;
   sync_block();
   if (thread < n_expert) {
 #pragma unroll 1
     for (int w = 0; w < warp; w++) end += warp_totals[w];
-    firsts[thread] = end - n_groups;
-    groups.describe(end - n_groups, thread, n_pairs);
-    if (thread == n_expert - 1) *groups.n = end;
+    firsts[thread] = end - n_own;
+    if (thread == n_expert - 1) *n_groups = end;
   }
   sync_block();
 
@@ -591,4 +604,10 @@ group_experts(const int* step, int n_expert, int n_used, const int* ids, int gro
     }
     sync_warp();
   }
+  sync_block();
+  if (thread < n_expert) {
+    int first = firsts[thread], last = first + groups.groups_of(n_pairs) - 1;
+    groups.publish_groups(first, thread, n_pairs, n_pairs > 0 ? pairs[last << group_shift] : 0);
+  }
+  groups.publish_end(*n_groups);
 }

@@ -135,8 +135,10 @@ DEVICE void copy_wait() {
 }
 
 // Programmatic dependent launch. Every kernel calls wait_for_previous before it touches what an earlier kernel of the
-// stream wrote, or writes what one reads; only weights, and a pass's inputs, which a copy wrote before its first
-// kernel, may be loaded before it. Without the launch attribute, and before compute capability 9.0, both do nothing.
+// stream wrote, or writes what one reads. Only these may be loaded before it: weights; a pass's inputs, which a copy
+// wrote before its first kernel; and what is published. Every grid must wait in some block, also one without work, or
+// kernels behind it would not wait for those ahead of it. Without the launch attribute, and before compute capability
+// 9.0, both do nothing.
 DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -147,6 +149,20 @@ DEVICE void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// A word for kernels that run already, and who takes it. What the publishing thread wrote before, or saw written before
+// a barrier, is there for whoever has seen the word. Kernels start in order, each when all blocks of the one before it
+// have started, so who is waited for is running.
+DEVICE void publish(uint64_t* word, uint64_t x) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(x) : "memory");
+}
+DEVICE uint64_t published(const uint64_t* word) {
+  uint64_t x;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(word) : "memory");
+  return x;
+}
+// Called where `published` has not yet shown what is waited for.
+DEVICE void not_yet() {}
 
 #define FULL_WARP 0xffffffffu
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(FULL_WARP, x, mask); }

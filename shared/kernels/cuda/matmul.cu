@@ -15,6 +15,10 @@
 // float for dense codecs; each below 2^31 bytes. A group is up to kColumns pairs of one expert (see experts.cu), or rows
 // of a plain matrix; pair p reads row p * per_row of the activations and writes row p of out.
 //
+// At few rows time is the longest chain of memory accesses. What says which weights and which rows a block needs is
+// known before wait_for_previous: the number of rows of a plain matrix is one of the pass's inputs, groups are
+// published. So weights are under way while the kernels before still run.
+//
 // Launch: grid (sets of tiles, groups), blocks of 256 threads, 8 warps = n_splits * tiles. Code is kept small: a launch
 // fetches it anew, and at one row instructions cost as much time as the work.
 #include "activations.cuh"
@@ -30,8 +34,9 @@ struct Same<A, A> {
 };
 
 static constexpr int kWarps = 8;
-// What a block gets on every GPU from compute capability 8.0 on, and what rounding rows of 2048 elements takes of it.
-static constexpr int kMostShared = 99 * 1024;
+// What a block gets on every GPU from compute capability 8.0 on, less a word of static shared memory, and what rounding
+// rows of 2048 elements takes of it.
+static constexpr int kMostShared = 99 * 1024 - 16;
 static constexpr int kMostRounded = 8 * 8 * (256 + 2 * kActivationSums + 4);
 
 template <class C0, class C1, class C2, int kColumns, bool kQuantize>
@@ -46,9 +51,7 @@ struct Layout {
   static constexpr int kRest = kMostShared - kRows - (kOverlay ? 0 : kSums) - (kQuantize ? kMostRounded : 0);
   static constexpr int kFit = kRest / (kWarps * kStageBytes);
   static constexpr int kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
-  static constexpr int kRing = kWarps * kStages * kStageBytes;
-  static_assert(!kOverlay || kSums <= kRing, "the sums do not fit the ring");
-  static constexpr int kShared = kRing + kRows + (kOverlay ? 0 : kSums);
+  static_assert(!kOverlay || kSums <= kWarps * kStages * kStageBytes, "the sums do not fit the ring");
 };
 
 struct Inputs {
@@ -282,15 +285,18 @@ struct Matrices {
   }
 };
 
-// Which pairs go through which matrix: of a plain matrix `table` is the number of rows, of a stack see experts.cu.
+// Which pairs go through which matrix. groups: null for a plain matrix, else see experts.cu. number: of rows of a plain
+// matrix, or that of the pass. per_row: 1 / pairs of a row.
 struct Pairs {
-  const int *table, *pairs;
-  int max_groups;
-  bool stacked;
-  float per_row;  // 1 / pairs of a row
+  const int* number;
+  const uint64_t* groups;
+  const int* pairs;
+  float per_row;
 };
 
 // A warp's part of a tile: superblocks [first, end), streamed through a ring of kStages in shared memory.
+//
+// A ring of fewer stages, enough for all superblocks, does as well.
 template <class C, int kStages>
 struct Stream {
   static constexpr int kBytes = 16 * C::kBytes;
@@ -347,81 +353,82 @@ DEVICE void quantize_columns(Inputs& in, const int* rows, int count, uint8_t* sh
 
 // kQuantize: the activations are floats, which the block rounds to 8 bits itself, as quantize (norm.cu) does.
 template <class C0, class C1, class C2, int kColumns, bool kGateUp, bool kQuantize>
-DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pairs& pairs, Inputs in, float* out,
-                         int out_stride) {
+DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pairs& pairs, Inputs in, int stages,
+                         float* out, int out_stride) {
   using L = Layout<C0, C1, C2, kColumns, kQuantize>;
   constexpr int kTiles = L::kTiles, kStages = L::kStages;
   DYNAMIC_SHARED(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int split_shift = matrices.split_shift, n_splits = 1 << split_shift;
   const int slot = warp >> split_shift, split = warp & (n_splits - 1);
-  uint8_t* ring = shared + warp * (kStages * L::kStageBytes);
-  int* targets = reinterpret_cast<int*>(shared + L::kRing) + warp * 2 * kColumns;
+  const int ring_bytes = stages * L::kStageBytes;
+  uint8_t* ring = shared + warp * ring_bytes;
+  uint8_t* beyond = shared + kWarps * ring_bytes;
+  int* targets = reinterpret_cast<int*>(beyond) + warp * 2 * kColumns;
   int* rows = targets + kColumns;
-  float* sums = reinterpret_cast<float*>(L::kOverlay ? shared : shared + L::kRing + L::kRows);
+  float* sums = reinterpret_cast<float*>(L::kOverlay ? shared : beyond + L::kRows);
+  uint8_t* rounded = beyond + L::kRows + (L::kOverlay ? 0 : L::kSums);
   const int group = blockIdx.y;
   int matrix, tile;
   matrices.find(slot, matrix, tile);
 
   launch_next();
-  int expert = 0, count = 0;
+  // What the group is: its expert, and the activations' row and the pair of each column.
+  int expert = 0, count, own = group * kColumns + lane % kColumns, front = group * kColumns;
+  if (pairs.groups) {
+    __shared__ int described;
+    if (threadIdx.x == 0) {
+      const uint32_t pass = static_cast<uint32_t>(pairs.number[0]);
+      uint64_t word;
+      while (static_cast<uint32_t>(word = published(pairs.groups + group)) != pass) not_yet();
+      described = static_cast<int>(word >> 32);
+    }
+    sync_block();
+    count = described & 127;
+    expert = described >> 7 & 511;
+    front = described >> 16;
+    // A pair alone needs no list.
+    own = count > 1 ? pairs.pairs[own] : front;
+  } else {
+    count = min_(kColumns, pairs.number[0] - group * kColumns);
+  }
+  if (count <= 0) {
+    wait_for_previous();
+    return;
+  }
   float acc[kTiles][4];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) acc[j][i] = 0.0f;
 
-  // What the group is: its expert, and the activations' row and the pair of each column. Loads do not wait for each
-  // other; the grid has as many groups as there can be, so they are inside the table.
-  auto describe = [&]() {
-    int own = group * kColumns + lane % kColumns, front = group * kColumns;
-    if (pairs.stacked) {
-      const int n_groups = pairs.table[0];
-      expert = pairs.table[1 + group];
-      count = pairs.table[1 + pairs.max_groups + group];
-      own = pairs.pairs[own];
-      front = pairs.pairs[front];
-      if (group >= n_groups) count = 0;
-    } else {
-      count = min_(kColumns, pairs.table[0] - group * kColumns);
-    }
-#pragma unroll 1
-    for (int c = lane; c < kColumns; c += 32) {
-      if (c >= 32) own = pairs.stacked ? pairs.pairs[group * kColumns + c] : group * kColumns + c;
-      targets[c] = own;
-      // Columns beyond the count repeat the first, unwritten. Exact: pairs are far below 2^23.
-      rows[c] = static_cast<int>(mul_(static_cast<float>(c < count ? own : front) + 0.5f, pairs.per_row));
-    }
-    sync_warp();
-  };
   auto take = [&](auto codec, const uint8_t* base) {
     using C = typename decltype(codec)::type;
     const int n_blocks = (in.k + C::kElements - 1) / C::kElements;
     const int first = n_blocks * split >> split_shift;
     const int end = matrix < 0 ? first : n_blocks * (split + 1) >> split_shift;
-    const uint8_t* from = base + static_cast<int64_t>(tile) * n_blocks * (16 * C::kBytes);
-    if (pairs.stacked) {
-      wait_for_previous();
-      describe();
-      const int n_tiles = (matrices.n_rows(matrix) + 15) >> 4;
-      from += static_cast<int64_t>(expert) * n_tiles * n_blocks * (16 * C::kBytes);
-    }
-    Stream<C, kStages> stream(from, ring, first, count > 0 || !pairs.stacked ? end : first, lane);
-    // Weights of a plain matrix do not depend on earlier kernels: their copies start before those have ended.
+    const int n_tiles_all = (matrices.n_rows(matrix) + 15) >> 4;
+    const uint8_t* from =
+        base + (static_cast<int64_t>(expert) * n_tiles_all + tile) * n_blocks * (16 * C::kBytes);
+    Stream<C, kStages> stream(from, ring, first, end, lane);
 #pragma unroll 1
     for (int i = 0; i < kStages - 1; ++i) stream.copy(lane);
-    if (!pairs.stacked) {
-      wait_for_previous();
-      describe();
+#pragma unroll 1
+    for (int c = lane; c < kColumns; c += 32) {
+      if (c >= 32) own = pairs.groups ? pairs.pairs[group * kColumns + c] : group * kColumns + c;
+      targets[c] = own;
+      // Columns beyond the count repeat the first, unwritten. Exact: pairs are far below 2^23.
+      rows[c] = static_cast<int>(mul_(static_cast<float>(c < count ? own : front) + 0.5f, pairs.per_row));
     }
+    sync_warp();
+    wait_for_previous();
     if constexpr (kQuantize) {
       // Every warp comes here, with the same count.
-      quantize_columns(in, rows, count, shared + L::kShared);
+      quantize_columns(in, rows, count, rounded);
       sync_block();
       if (lane < kColumns) rows[lane] = lane < count ? lane : 0;
       sync_warp();
     }
-    if (count <= 0) return;
     const int n_tiles = (count + 7) >> 3;
     if constexpr (C::kDense) {
 #pragma unroll 1
@@ -450,7 +457,6 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
   } else {
     take(Type<C0>{}, matrices.w0);
   }
-  if (count <= 0) return;
 
   if (split_shift == 0 && !kGateUp) {
     if (matrix < 0) return;
@@ -477,8 +483,8 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
   sync_block();
   // The warps of a slot (of a pair of slots) share the elements out among themselves.
   const int join_shift = split_shift + (kGateUp ? 1 : 0);
-  const int front = warp >> join_shift << (join_shift - split_shift);
-  matrices.find(front, matrix, tile);
+  const int leader = warp >> join_shift << (join_shift - split_shift);
+  matrices.find(leader, matrix, tile);
   if (matrix < 0) return;
   auto total = [&](int slot_, int e) {
     const float* from = sums + ((slot_ << split_shift) * kTiles * 4 + e) * 32 + lane;
@@ -492,9 +498,9 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
 #pragma unroll 1
   for (int e = warp & ((1 << join_shift) - 1); e < n_elements; e += 1 << join_shift) {
     const int column = e / 4 * 8 + lane % 4 * 2 + e % 2, below = e / 2 % 2 * 8;
-    float value = total(front, e);
+    float value = total(leader, e);
     if constexpr (kGateUp) {
-      const float up = total(front + 1, e);
+      const float up = total(leader + 1, e);
       value = mul_(div_(value, add_(1.0f, exp_(-value))), up);
     }
     if (column < count && tile * 16 + lane / 4 + below < n_rows)
@@ -504,22 +510,22 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
 
 // out[p, :] = the rows of up to three matrices below each other (those not used: null, 0 rows) times activations.
 template <class C0, class C1, class C2, int kColumns, bool kQuantize>
-KERNEL(256, kColumns > 32 ? 1 : 2)
-matmul(const int* table, const int* pairs, int max_groups, int stacked, float per_row, const int8_t* q,
-       const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* w0, int rows0, const uint8_t* w1,
-       int rows1, const uint8_t* w2, int rows2, int split_shift, float* out, int out_stride) {
+KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
+matmul(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q, const float* scale,
+       const int16_t* sums, const float* x, int k, const uint8_t* w0, int rows0, const uint8_t* w1, int rows1,
+       const uint8_t* w2, int rows2, int split_shift, int stages, float* out, int out_stride) {
   const Matrices<C0, C1, C2, false> matrices = {w0, w1, w2, rows0, rows1, rows2, split_shift};
-  multiply_all<C0, C1, C2, kColumns, false, kQuantize>(matrices, {table, pairs, max_groups, stacked != 0, per_row},
-                                            {q, scale, sums, x, k}, out, out_stride);
+  multiply_all<C0, C1, C2, kColumns, false, kQuantize>(matrices, {number, groups, pairs, per_row},
+                                                       {q, scale, sums, x, k}, stages, out, out_stride);
 }
 
 // out[p, :] = silu(gate x) * (up x).
 template <class CGate, class CUp, int kColumns>
-KERNEL(256, kColumns > 32 ? 1 : 2)
-gate_up(const int* table, const int* pairs, int max_groups, int stacked, float per_row, const int8_t* q,
+KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
+gate_up(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q,
         const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up,
-        int rows, int split_shift, float* out, int out_stride) {
+        int rows, int split_shift, int stages, float* out, int out_stride) {
   const Matrices<CGate, CUp, CUp, true> matrices = {gate, up, nullptr, rows, rows, 0, split_shift};
-  multiply_all<CGate, CUp, CUp, kColumns, true, false>(matrices, {table, pairs, max_groups, stacked != 0, per_row},
-                                                {q, scale, sums, x, k}, out, out_stride);
+  multiply_all<CGate, CUp, CUp, kColumns, true, false>(matrices, {number, groups, pairs, per_row}, {q, scale, sums, x, k},
+                                                     stages, out, out_stride);
 }

@@ -602,6 +602,10 @@ DEVICE void copy_wait() {
 
 DEVICE void launch_next() {}
 DEVICE void wait_for_previous() {}
+DEVICE void publish(uint64_t* word, uint64_t x) { *word = x; }
+DEVICE uint64_t published(const uint64_t* word) { return *word; }
+// Launches run one after the other: what is not there yet will never be.
+DEVICE void not_yet(EMULATOR_PLACE) { emulator::fail_at({"not_yet", file, line}, "no launch has published the word"); }
 
 #define FULL_WARP 0xffffffffu
 // Overloads rather than templates, here and below, so that what compiles here also compiles for a GPU.
