@@ -16,7 +16,7 @@ import numpy as np
 from services.draft.session import DraftSession
 from shared.engine.interface import Chunk, Engine, Proposer
 from shared.engine.ngram import NgramIndex
-from shared.engine.slots import SlotTable, with_eviction
+from shared.engine.slots import SlotTable, place_session, with_eviction
 from shared.sampling.drafting import DraftToken, draft
 from shared.service import monotonic_us
 from shared.settings import DrafterKind
@@ -87,15 +87,10 @@ class ModelDrafter:
         )
 
     def open(self, session: DraftSession) -> bool:
-        placement = self._slots.acquire(session.id, np.array(session.prefix.tokens, np.int32))
-        if placement is None:
+        placed = place_session(self._engine, self._slots, session.id, np.array(session.prefix.tokens, np.int32))
+        if placed is None:
             return False
-        if placement.reuse_slot != placement.slot:
-            self._engine.copy_prefix(placement.reuse_slot, placement.slot, placement.reuse_length)
-        else:
-            self._engine.truncate(placement.slot, placement.reuse_length)
-        session.slot = placement.slot
-        session.cached = placement.reuse_length
+        session.slot, session.cached = placed
         return True
 
     def close(self, session: DraftSession) -> None:

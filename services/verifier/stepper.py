@@ -16,7 +16,7 @@ from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
-from shared.engine.slots import OUT_OF_PAGES, SlotTable, with_eviction
+from shared.engine.slots import OUT_OF_PAGES, SlotTable, place_session, with_eviction
 from shared.errors import EngineError
 from shared.messages import Close, Commit, Error, FinishReason, Limits, Message, OpenTarget, Proposal
 from shared.service import monotonic_us
@@ -175,16 +175,12 @@ class Stepper:
         while self._waiting and self._slots.n_free and not self._full:
             session = next(iter(self._waiting.values()))
             prompt = np.array(session.prefix.tokens, np.int32)
-            placement = self._slots.acquire(session.id, prompt)
-            if placement is None:
+            placed = place_session(self._engine, self._slots, session.id, prompt)
+            if placed is None:
                 return
             del self._waiting[session.id]
-            if placement.reuse_slot != placement.slot:
-                self._engine.copy_prefix(placement.reuse_slot, placement.slot, placement.reuse_length)
-            else:
-                self._engine.truncate(placement.slot, placement.reuse_length)
-            session.slot = placement.slot
-            session.cached = session.counters.n_cached = placement.reuse_length
+            session.slot, session.cached = placed
+            session.counters.n_cached = session.cached
             session.counters.queue_us = monotonic_us() - session.opened_us
             self._running[session.id] = session
             self._sampler.open(session)

@@ -164,3 +164,23 @@ class Proposer(Protocol):
         A slot holds its chunk and n - 1 tokens more afterwards. Choices are coupled or greedy, over the leaders of
         each row: they may differ from those over whole rows, which can cost a proposal, never a token.
         """
+
+
+@runtime_checkable
+class PrefixCache(Protocol):
+    """An engine that remembers prefixes beyond what its slots hold now."""
+
+    def reuse_prefix(self, slot: int, tokens: Int32) -> int:
+        """Let a slot hold as much of a prompt as is to be had without computing, and nothing else.
+
+        That is the longest prefix of tokens[:-1] that the slot holds, or a longer one that the engine remembers.
+
+        Args:
+            tokens: [n] int32, n >= 1.
+
+        Returns:
+            The slot's length now, at most n - 1.
+
+        Raises:
+            EngineError: there is no such slot (code bad_slot), or no token (empty_chunk); nothing is changed then.
+        """

@@ -3,8 +3,8 @@
 `SlotTable` is plain bookkeeping without an engine: it remembers the tokens that each slot's KV cache holds, also after
 its session has ended, and places a new session where most of its prompt is already computed. Its one invariant: what
 a `Placement` promises to be cached is a prefix of what the named slot really holds, and leaves at least the prompt's
-last token to compute, since a session needs that token's logits. `with_eviction` gives up what ended sessions have left
-where an engine needs the room.
+last token to compute, since a session needs that token's logits. `place_session` does what a placement says, and asks
+the engine for more; `with_eviction` gives up what ended sessions have left where an engine needs the room.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from shared.engine.interface import Chunk, Engine, Int32
+from shared.engine.interface import Chunk, Engine, Int32, PrefixCache
 from shared.errors import EngineError
 
 OUT_OF_PAGES = "out_of_pages"
@@ -202,6 +202,32 @@ class SlotTable:
     def _touch(self, slot: int) -> None:
         self._clock += 1
         self._last_use[slot] = self._clock
+
+
+def place_session(engine: Engine, table: SlotTable, session: Hashable, tokens: Int32) -> tuple[int, int] | None:
+    """Give a new session a slot that holds as much of its prompt as any slot does, or what the engine remembers.
+
+    Args:
+        tokens: [n] int32, n >= 1, the prompt.
+
+    Returns:
+        The slot, and how many tokens of the prompt it holds, less than n; None when all slots are in use.
+
+    Raises:
+        EngineError: as `SlotTable.acquire`.
+    """
+    placement = table.acquire(session, tokens)
+    if placement is None:
+        return None
+    slot, length = placement.slot, placement.reuse_length
+    if placement.reuse_slot != slot:
+        engine.copy_prefix(placement.reuse_slot, slot, length)
+    else:
+        engine.truncate(slot, length)
+    if isinstance(engine, PrefixCache):
+        length = engine.reuse_prefix(slot, tokens)
+        table.record(session, tokens[:length])
+    return slot, length
 
 
 def with_eviction(engine: Engine, table: SlotTable, compute: Callable[[], _T]) -> _T:

@@ -124,6 +124,25 @@ class PagedProposingEngine(ProposingEngine, PagedEngine):
         return super().propose(chunks, params, n)
 
 
+class RememberingEngine(HistoryEngine):
+    """The first; the first 16 tokens of every text that a slot has ever held can be had again."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.known: set[tuple[int, ...]] = set()
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        logits = super().forward(chunks)
+        self.known |= {tuple(held[:16]) for held in self.held}
+        return logits
+
+    def reuse_prefix(self, slot: int, tokens: np.ndarray) -> int:
+        beginning = tuple(tokens[:16].tolist())
+        if len(self.held[slot]) < 16 < len(tokens) and beginning in self.known:
+            self.held[slot] = list(beginning)
+        return len(self.held[slot])
+
+
 def row_after(text: Sequence[int]) -> np.ndarray:
     return np.random.default_rng(TokenPrefix(text).hash).normal(0, 3, N_VOCAB).astype(np.float32)
 
@@ -326,6 +345,19 @@ def test_slots_are_given_back() -> None:
     assert harness.worker.n_sessions == 1
     harness.worker.forget_all()
     assert harness.worker.n_sessions == 0
+
+
+def test_a_prompt_that_the_engine_remembers_is_not_computed_again() -> None:
+    """Although no slot holds it any more; the proposals are the same."""
+    engine = RememberingEngine(n_slots=1)
+    harness = Harness(ModelDrafter(engine, 8))
+    for session, prompt, computed in ((1, range(20), 20), (2, range(30, 50), 20), (3, [*range(18), 40, 41], 4)):
+        engine.batches.clear()
+        harness.open(session, prompt)
+        harness.run()
+        assert engine.batches[0] == computed
+        assert harness.proposed(session) == greedy_after(prompt, 4)
+        harness.worker.receive(Close(session))
 
 
 @pytest.mark.parametrize("engine", [PagedEngine, PagedProposingEngine])

@@ -9,7 +9,9 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from shared.engine.cuda.engine import CudaEngine, _check_model
 from shared.engine.cuda.passes import MAX_CHAIN
 from shared.engine.cuda.weights import LoadingLog
 from shared.engine.dense import DenseLogits
-from shared.engine.interface import Chunk, EngineSettings, Logits
+from shared.engine.interface import Chunk, EngineSettings, Logits, PrefixCache
+from shared.engine.slots import SlotTable, place_session, with_eviction
 from shared.errors import EngineError, ModelError
 from shared.kernels.attention import PAGE_TOKENS
 from shared.kernels.gpu import CudaDevice
@@ -614,12 +617,181 @@ def test_a_closed_engine_computes_nothing(backend: str, model_path: ModelPath) -
         lambda: engine.forward([Chunk(0, 0, tokens_of(5), 1)]),
         lambda: engine.truncate(0, 0),
         lambda: engine.copy_prefix(0, 0, 0),
+        lambda: engine.reuse_prefix(0, tokens_of(5)),
     ):
         with pytest.raises(EngineError) as caught:
             call()
         assert caught.value.code == "engine_closed"
     del logits
     assert held() is None
+
+
+# --- prefixes that no slot holds any more -----------------------------------------------------------------------------
+
+
+def reused(engine: CudaEngine, slot: int, tokens: np.ndarray) -> int:
+    """How much of a prompt a slot gets without computing; it keeps nothing."""
+    length = engine.reuse_prefix(slot, tokens)
+    assert engine.length(slot) == length
+    engine.truncate(slot, 0)
+    return length
+
+
+def fresh_rows(engine: CudaEngine, slot: int, tokens: np.ndarray) -> np.ndarray:
+    """Every row, computed from an empty slot, which is empty again afterwards."""
+    engine.truncate(slot, 0)
+    truth = feed(engine, slot, tokens)
+    engine.truncate(slot, 0)
+    return truth
+
+
+def test_a_system_prompt_is_computed_once(small: CudaEngine) -> None:
+    """After another conversation has taken the slot, a third one with the first one's beginning takes over its whole
+    pages and goes on with the bits of computing everything."""
+    system, other = random_tokens(150, seed=21), random_tokens(100, seed=22)
+    prompt = np.concatenate([system, random_tokens(30, seed=23)])
+    truth = fresh_rows(small, 3, np.concatenate([prompt, prompt[:1]]))
+    feed(small, 0, np.concatenate([system, random_tokens(20, seed=24)]))
+    feed(small, 0, other)
+    assert small.reuse_prefix(1, prompt) == small.length(1) == 128
+    assert_same_bits(feed(small, 1, prompt, start=128), truth[128:-1])
+    # Now the slot itself holds more than whole pages; the last token is left to compute.
+    assert small.reuse_prefix(1, prompt) == small.length(1) == 179
+    assert_same_bits(feed(small, 1, prompt, start=179), truth[179:-1])
+    assert small.reuse_prefix(1, np.concatenate([prompt[:140], other])) == small.length(1) == 140
+    assert_same_bits(feed(small, 1, prompt, start=140), truth[140:-1])
+    assert small.reuse_prefix(1, prompt[:128]) == small.length(1) == 127
+    assert reused(small, 2, prompt[:128]) == 64
+    assert reused(small, 2, prompt[:129]) == 128
+    assert reused(small, 0, prompt[:1]) == 0
+    assert small.reuse_prefix(1, other[1:]) == small.length(1) == 0
+
+
+def test_a_page_that_was_written_over_is_not_found(small: CudaEngine) -> None:
+    """After a rollback into a full page and other tokens there, those are found and the old ones are not."""
+    old, tail = random_tokens(192, seed=31), random_tokens(60, seed=32)
+    new = np.concatenate([old[:100], tail])
+    truth = fresh_rows(small, 3, new)
+    feed(small, 0, old)
+    feed(small, 0, new[:127], start=100)
+    assert reused(small, 1, old) == 64
+    feed(small, 0, new, start=127)
+    assert reused(small, 1, old) == 64
+    assert small.reuse_prefix(1, new) == 128
+    assert_same_bits(feed(small, 1, new, start=128), truth[128:])
+    # The same by truncation, and while another slot holds the page.
+    small.truncate(0, 90)
+    feed(small, 0, old[:128], start=90)
+    assert reused(small, 2, old) == 128
+    assert reused(small, 2, new) == 128
+
+
+def test_prefixes_go_when_pages_run_short(small: CudaEngine) -> None:
+    """Free pages are taken first, then those of the conversation unused for longest, from its end; pages in use never:
+    then the batch is refused, and what is kept of idle slots counts as room as soon as they are emptied."""
+    first, second, running, taking = (random_tokens(200, seed=seed) for seed in (41, 42, 43, 44))
+    for tokens in (first, second):
+        feed(small, 0, tokens[:128])
+        small.truncate(0, 0)
+    feed(small, 1, running[:129])
+    assert small._pages.n_free == 4
+    feed(small, 2, taking[:64])
+    assert [reused(small, 0, tokens) for tokens in (first, second)] == [64, 128]
+    feed(small, 2, taking[:128], start=64)
+    assert [reused(small, 0, tokens) for tokens in (first, second)] == [0, 128]
+    assert small.reuse_prefix(0, second) == 128
+    with pytest.raises(EngineError, match="needs 1 pages of 64 tokens, the KV pool has 0 free") as caught:
+        small.forward([Chunk(3, 0, first[:1], 1)])
+    assert caught.value.code == "out_of_pages"
+    last = rows(small, Chunk(1, 129, running[129:130], 1))
+    small.truncate(0, 0)
+    rows(small, Chunk(3, 0, first[:1], 1))
+    assert [reused(small, 0, tokens) for tokens in (second, running, taking)] == [64, 128, 128]
+    assert_same_bits(last, fresh_rows(small, 1, running[:130])[129:])
+
+
+def test_proposed_tokens_are_part_of_a_prefix(small: CudaEngine) -> None:
+    """A page that proposals fill is found by them, but for the last one, which has not been computed."""
+    prompt = random_tokens(61, seed=51)
+    for n, expected in ((3, 0), (4, 64)):
+        proposed = small.propose([Chunk(2, 0, random_tokens(3), 1), Chunk(0, 0, prompt, 1)], [SAMPLED] * 2, n)
+        text = np.concatenate([prompt, proposed.tokens[1], prompt[:2]])
+        assert reused(small, 1, text) == expected
+        small.truncate(0, 0)
+    truth = fresh_rows(small, 3, text)
+    assert small.reuse_prefix(0, text) == 64
+    assert_same_bits(feed(small, 0, text, start=64), truth[64:])
+
+
+def test_copied_prefixes_count(small: CudaEngine) -> None:
+    """What a slot has copied is part of the prefix that it then goes on with."""
+    tokens = random_tokens(190, seed=61)
+    feed(small, 0, random_tokens(190, seed=62))
+    feed(small, 1, tokens[:100])
+    small.copy_prefix(1, 0, 80)
+    small.truncate(1, 0)
+    feed(small, 0, tokens[:128], start=80)
+    small.truncate(0, 0)
+    assert reused(small, 2, tokens) == 128
+
+
+def test_a_pass_that_fails_leaves_what_was_computed(small: CudaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot holds what it held before the chunk, nothing of the pass is found later, and everything goes on."""
+    tokens = random_tokens(192, seed=71)
+    truth = fresh_rows(small, 3, tokens)
+    other = np.concatenate([tokens[:70], random_tokens(122, seed=72)])
+    passes = small._passes
+    assert passes is not None
+    for name, call in (
+        ("run", lambda: small.forward([Chunk(0, 70, other[70:130], 1)])),
+        ("propose", lambda: small.propose([Chunk(0, 70, other[70:130], 1)], [SAMPLED], 3)),
+        ("write_pages", lambda: small.forward([Chunk(0, 70, other[70:130], 1)])),
+    ):
+        small.truncate(0, 0)
+        feed(small, 0, tokens[:130])
+        with monkeypatch.context() as patch:
+            patch.setattr(passes, name, Mock(side_effect=RuntimeError("no memory for a graph")))
+            small._pages.changed = True
+            with pytest.raises(RuntimeError, match="a graph"):
+                call()
+        assert small.length(0) == 70
+        assert reused(small, 1, other) == 64
+        assert_same_bits(feed(small, 0, tokens, start=70), truth[70:])
+        assert reused(small, 1, np.append(tokens, 0)) == 192
+
+
+def test_idle_slots_make_room_and_are_still_found(small: CudaEngine) -> None:
+    """A session that needs the pages of an idle slot gets them; what it leaves of them serves the next session."""
+    table = SlotTable(4)
+    tokens, other = random_tokens(200, seed=81), random_tokens(256, seed=82)
+    assert place_session(small, table, "a", tokens) == (0, 0)
+    feed(small, 0, tokens)
+    table.release("a", tokens)
+    assert place_session(small, table, "b", other) == (1, 0)
+    for at in range(0, 256, 64):
+        with_eviction(small, table, partial(small.forward, [Chunk(1, at, other[at : at + 64], 0)]))
+    assert small.length(0) == 0
+    placed = place_session(small, table, "c", tokens)
+    assert placed is not None
+    slot, length = placed
+    assert small.length(slot) == length == 192
+    assert table.cached(slot).tolist() == tokens[:192].tolist()
+    assert small._pages.n_free == 0
+
+
+def test_prefixes_that_are_refused(small: CudaEngine) -> None:
+    """No such slot, and no token: nothing changes."""
+    rows(small, Chunk(0, 0, tokens_of(1, 2, 3, 4), 0))
+    for code, call in (
+        ("bad_slot", lambda: small.reuse_prefix(4, tokens_of(1, 2))),
+        ("bad_slot", lambda: small.reuse_prefix(-1, tokens_of(1, 2))),
+        ("empty_chunk", lambda: small.reuse_prefix(0, tokens_of())),
+    ):
+        with pytest.raises(EngineError) as caught:
+            call()
+        assert caught.value.code == code
+    assert small.length(0) == 4
+    assert isinstance(small, PrefixCache)
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.engine.interface import Chunk
-from shared.engine.slots import Placement, SlotTable, check_chunks, check_prefix, common_prefix, with_eviction
+from shared.engine.interface import Chunk, Engine
+from shared.engine.slots import (
+    Placement,
+    SlotTable,
+    check_chunks,
+    check_prefix,
+    common_prefix,
+    place_session,
+    with_eviction,
+)
 from shared.errors import EngineError
 
 
@@ -156,6 +164,30 @@ def test_idle_slots_are_emptied_until_a_pass_fits() -> None:
         with_eviction(engine, table, Mock(side_effect=full))
     assert caught.value is full
     assert engine.truncate.call_args_list[2:] == [call(2, 0)]
+
+
+def test_a_session_is_placed_as_the_table_says() -> None:
+    """The engine truncates the slot, or copies a prefix into it, and computes what is left; None without a slot."""
+    table, engine = SlotTable(2), Mock(spec=Engine)
+    assert place_session(engine, table, "a", run(0, 50)) == (0, 0)
+    table.record("a", run(0, 50))
+    assert place_session(engine, table, "b", run(0, 90)) == (1, 50)
+    assert place_session(engine, table, "c", run(0, 90)) is None
+    assert engine.mock_calls == [call.truncate(0, 0), call.copy_prefix(0, 1, 50)]
+
+
+def test_an_engine_that_remembers_more_is_asked_for_it() -> None:
+    """After the table's placement; and the table knows what the slot holds then, for others and for eviction."""
+    table, engine = SlotTable(3), Mock()
+    engine.reuse_prefix.side_effect = [64, 70]
+    tokens = run(0, 90)
+    assert place_session(engine, table, "a", tokens) == (0, 64)
+    assert table.cached(0).tolist() == tokens[:64].tolist()
+    assert place_session(engine, table, "b", run(0, 90)) == (1, 70)
+    assert [c[0] for c in engine.mock_calls] == ["truncate", "reuse_prefix", "copy_prefix", "reuse_prefix"]
+    assert engine.copy_prefix.call_args == call(0, 1, 64)
+    slot, asked = engine.reuse_prefix.call_args.args
+    assert (slot, asked.tolist()) == (1, run(0, 90).tolist())
 
 
 short = st.lists(st.integers(0, 1), max_size=12)

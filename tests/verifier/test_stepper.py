@@ -18,7 +18,7 @@ from shared import wire
 from shared.engine.dense import DenseLogits
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings
 from shared.engine.null import NullEngine, next_token
-from shared.engine.slots import check_chunks, check_prefix
+from shared.engine.slots import check_chunks, check_prefix, common_prefix
 from shared.errors import EngineError
 from shared.messages import (
     Close,
@@ -105,6 +105,29 @@ class PagedEngine(HistoryEngine):
         if sum(-(-length // PAGE) for length in lengths) > self.n_pages:
             raise EngineError("the pool is full", "raise kv_pages", "out_of_pages")
         return super().forward(chunks)
+
+
+class RememberingEngine(HistoryEngine):
+    """Whole pages of every text that a slot has ever held can be had again."""
+
+    def __init__(self, n_slots: int, n_ctx: int = 128, n_batch: int = 40) -> None:
+        super().__init__(n_slots, n_ctx, n_batch)
+        self.known: set[tuple[int, ...]] = set()
+        self.n_gained = 0
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        logits = super().forward(chunks)
+        self.known |= {tuple(held[:end]) for held in self.held for end in range(PAGE, len(held) + 1, PAGE)}
+        return logits
+
+    def reuse_prefix(self, slot: int, tokens: np.ndarray) -> int:
+        text = tokens[:-1].tolist()
+        own = common_prefix(np.array(self.held[slot]), np.array(text))
+        found = [end for end in range(PAGE, len(text) + 1, PAGE) if tuple(text[:end]) in self.known]
+        length = max([own, *found])
+        self.n_gained += length - own
+        self.held[slot] = text[:length]
+        return length
 
 
 class DirectLink:
@@ -468,6 +491,53 @@ def test_a_shared_prompt_is_computed_once(world: World) -> None:
     assert world.stats(2).n_cached >= 36
     assert world.stats(3).n_cached == 36
     assert world.engine.n_computed - computed < 40
+
+
+def test_a_shared_prompt_that_no_slot_holds_any_more(make_world: MakeWorld) -> None:
+    """An engine that remembers the beginning of a conversation whose slot another one has taken computes the rest
+    only; the text is the same, and the session's figures say what was reused."""
+    system = prompt(30, seed=1)
+    computed = {}
+    for engine in (HistoryEngine(1, 128, 40), RememberingEngine(1)):
+        world = make_world()
+        world.engine = engine
+        world.build()
+        world.open(1, [*system, 1, 2, 3])
+        world.open(2, prompt(40, seed=2))
+        world.run()
+        before = engine.n_computed
+        world.open(3, [*system, 4, 5, 6])
+        world.run()
+        assert world.generated(3) == greedy([*system, 4, 5, 6], 12)
+        computed[type(engine)] = engine.n_computed - before, world.stats(3).n_cached
+    assert computed == {HistoryEngine: (33 + 11, 0), RememberingEngine: (33 - 28 + 11, 28)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_remembered_no_text_changes(make_world: MakeWorld, seed: int) -> None:
+    """Sessions with one of four beginnings, two at a time, some with wrong proposals, some cancelled."""
+    chance = random.Random(seed)
+    world = make_world()
+    world.engine = RememberingEngine(2)
+    world.build()
+    expected: dict[int, list[int]] = {}
+    for session in range(10):
+        tokens = [*prompt(22, seed=chance.randint(90, 93)), *prompt(chance.randint(1, 15), seed=session)]
+        expected[session] = greedy(tokens, chance.randint(1, 12))
+        world.open(session, tokens, max_tokens=len(expected[session]))
+    for session in (3, 6):
+        for _ in range(chance.randint(1, 6)):
+            world.draft_badly(expected, chance)
+            world.stepper.step()
+        if not world.finished(session):
+            world.stepper.receive(Close(session))
+    world.run(lambda: world.draft_badly(expected, chance))
+    for session, text in expected.items():
+        done = world.generated(session)
+        assert done == (text[: len(done)] if session in (3, 6) else text)
+    assert world.engine.n_gained > 0
+    for slot, held in enumerate(world.engine.held):
+        assert world.stepper._slots.cached(slot).tolist() == held
 
 
 # -- room --

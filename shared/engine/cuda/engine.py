@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import structlog
 
 from shared.engine.cuda.logits import CudaLogits
 from shared.engine.cuda.pages import PageTable
 from shared.engine.cuda.passes import MAX_CHAIN, Passes
 from shared.engine.cuda.weights import LoadingLog, device_bytes, load_weights
-from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
-from shared.engine.slots import check_chunks, check_prefix
+from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Int32, Proposed
+from shared.engine.slots import check_chunks, check_prefix, common_prefix
 from shared.errors import EngineError
 from shared.kernels.attention import CACHE_KINDS, HEAD_DIMS, PAGE_TOKENS, CacheLayout
 from shared.kernels.device import Device
@@ -77,6 +78,7 @@ class CudaEngine:
         self._passes.prepare()
         self._pages = PageTable(settings.n_slots, max_pages, n_pages)
         self._lengths = [0] * settings.n_slots
+        self._tokens = np.zeros((settings.n_slots, n_ctx), np.int32)  # what each slot holds, up to its length
         self._computed = 0
         self._info = EngineInfo(
             engine="cuda",
@@ -112,7 +114,25 @@ class CudaEngine:
             self.truncate(target, length)
             return
         self._pages.share(source, target, length)
+        self._tokens[target, :length] = self._tokens[source, :length]
         self._lengths[target] = length
+
+    def reuse_prefix(self, slot: int, tokens: Int32) -> int:
+        self._open()
+        check_prefix(self._lengths, slot, 0)
+        if len(tokens) == 0:
+            raise EngineError("a prompt has at least one token", code="empty_chunk")
+        wanted = np.asarray(tokens[:-1], np.int32)
+        own = common_prefix(self._tokens[slot, : self._lengths[slot]], wanted)
+        pages = self._pages.find(wanted)
+        length = len(pages) * PAGE_TOKENS
+        if length <= own:
+            self.truncate(slot, own)
+            return own
+        self._pages.hold(slot, pages)
+        self._tokens[slot, :length] = wanted[:length]
+        self._lengths[slot] = length
+        return length
 
     def close(self) -> None:
         if self._passes is not None:
@@ -124,7 +144,7 @@ class CudaEngine:
         passes = self._check(chunks)
         self._make_room(passes, chunks, 0)
         rows = passes.run(chunks, self._pages.table)
-        self._extend(chunks, 0)
+        self._extend(chunks, np.empty((len(chunks), 0), np.int32))
         this = self._computed
 
         def check() -> None:
@@ -149,25 +169,35 @@ class CudaEngine:
         passes = self._check(chunks, n - 1)
         self._make_room(passes, chunks, n - 1)
         proposed = passes.propose(chunks, self._pages.table, params, n)
-        self._extend(chunks, n - 1)
+        self._extend(chunks, proposed.tokens[:, :-1])
         return proposed
 
     def _make_room(self, passes: Passes, chunks: Sequence[Chunk], more: int) -> None:
         """Give each slot pages for its chunk and `more` tokens, or refuse and change nothing."""
         copies = self._pages.prepare([(c.slot, c.start, c.start + len(c.tokens) + more) for c in chunks])
+        for chunk in chunks:
+            self._lengths[chunk.slot] = chunk.start
         if self._pages.changed:
             passes.write_pages(self._pages.table)
             self._pages.changed = False
         if copies:
             passes.copy_pages(copies)
-        for chunk in chunks:
-            self._lengths[chunk.slot] = chunk.start
 
-    def _extend(self, chunks: Sequence[Chunk], more: int) -> None:
-        """Count a pass's tokens: not before it has been asked for, so that one that fails leaves what was computed."""
+    def _extend(self, chunks: Sequence[Chunk], more: Int32) -> None:
+        """Note a pass's tokens and those that followed each chunk, [chunks, n]; pages that are full now may be reused.
+
+        Not before the pass has been asked for, so that one that fails leaves what was computed.
+        """
         self._computed += 1
-        for chunk in chunks:
-            self._lengths[chunk.slot] = chunk.start + len(chunk.tokens) + more
+        for chunk, following in zip(chunks, more, strict=True):
+            middle = chunk.start + len(chunk.tokens)
+            length = middle + len(following)
+            held = self._tokens[chunk.slot, :length]
+            held[chunk.start : middle] = chunk.tokens
+            held[middle:] = following
+            self._lengths[chunk.slot] = length
+            if length // PAGE_TOKENS > chunk.start // PAGE_TOKENS:
+                self._pages.register(chunk.slot, held)
 
     def _check(self, chunks: Sequence[Chunk], more: int = 0) -> Passes:
         """Refuse a batch that breaks the interface's rules or finds no room, before anything is changed.
