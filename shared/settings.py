@@ -223,7 +223,8 @@ def _value(hint: Any, default: Any, value: Any, source: str, key: str) -> Any:
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise SettingsError(f"{source}: {key} must be a list")
+            example = "[0]" if arguments[0] is int else '["text"]'
+            raise SettingsError(f"{source}: {key} must be a list", f"such as {key.rsplit('.', 1)[-1]}={example}")
         return tuple(_value(arguments[0], None, entry, source, f"{key}[{i}]") for i, entry in enumerate(value))
     if origin in (Union, types.UnionType):
         return _value(arguments[0], default, value, source, key)

@@ -161,7 +161,7 @@ def _describe_gpus() -> tuple[list[str], str]:
 
 
 def check_models(settings: Settings) -> Iterator[Finding]:
-    """Whether the models can be read, fit this machine, and share one vocabulary."""
+    """Whether the models can be read, fit this machine or find their GPUs, and share one vocabulary."""
     wanted = {"target": settings.verifier.engine}
     wanted |= {f"draft {name}": draft.engine for name, draft in settings.draft.items() if draft.drafter == "model"}
     fingerprints: dict[str, str] = {}
@@ -175,8 +175,11 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         except DraftwireError as error:
             yield _failed(f"model {name}", error)
             continue
-        n_bytes += size
         yield Finding(f"model {name}", "OK", f"{engine.model}: {detail}")
+        if engine.engine == "cuda":
+            yield check_devices(name, engine.devices)
+        else:
+            n_bytes += size
     target = fingerprints.get("target")
     for name, fingerprint in fingerprints.items():
         if name == "target" or target is None:
@@ -200,6 +203,23 @@ def check_models(settings: Settings) -> Iterator[Finding]:
     yield check_cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def check_devices(name: str, devices: Sequence[int]) -> Finding:
+    """Whether the GPUs that a model is to be on can be used, and how much of their memory is free."""
+    from shared.engine.cuda import placement
+    from shared.kernels.gpu import CudaDevice
+
+    found: list[str] = []
+    try:
+        placement.check_devices(devices)
+        for index in devices:
+            device = CudaDevice(index)
+            free, total = (n / 2**30 for n in device.memory())
+            found.append(f"{device.name}, {free:.1f} of {total:.1f} GiB free")
+    except DraftwireError as error:
+        return _failed(f"devices {name}", error)
+    return Finding(f"devices {name}", "OK", "; ".join(found))
+
+
 def _model(name: str) -> tuple[int, str, str]:
     """A model's size in bytes, its vocabulary's fingerprint, and a description."""
     from shared.model.gguf import GGUFFile, vocabulary_fingerprint
@@ -214,10 +234,10 @@ def _model(name: str) -> tuple[int, str, str]:
 
 
 def check_memory(model_bytes: int, available_bytes: int | None) -> Finding:
-    """Whether the models fit in the memory that is free now."""
+    """Whether the models that are not on a GPU fit in the memory that is free now."""
     if available_bytes is None:
         return Finding("memory", "WARN", "how much memory is free cannot be found out here", "check it yourself")
-    detail = f"{_megabytes(available_bytes)} available, the models take {_megabytes(model_bytes)}"
+    detail = f"{_megabytes(available_bytes)} available, models outside GPUs take {_megabytes(model_bytes)}"
     if model_bytes > available_bytes:
         return Finding("memory", "WARN", detail, "weights that do not fit are read from disk at every step: use less")
     return Finding("memory", "OK", detail)

@@ -33,7 +33,7 @@ class EngineSettings:
     flash_attention: off by default: with it, ik's logits depend on the batch.
     cache_type_k, cache_type_v: KV cache types, "f16", "q8_0" or "q4_0" (a quantized V needs flash attention).
     n_gpu_layers, n_cpu_moe, override_tensors ("regex=CPU"): as in llama-server, for CUDA builds of ik.
-    devices: GPUs by index, for the cuda engine.
+    devices: GPUs by index, for the cuda engine: the model's layers in this order.
     kv_pages: pages of 64 tokens in the cuda engine's KV pool; 0: enough for n_slots full contexts.
     """
 

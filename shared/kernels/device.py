@@ -2,7 +2,8 @@
 
 `CudaDevice` (gpu.py) is an NVIDIA GPU through CuPy; `HostDevice` (host/device.py) compiles the same kernel sources
 with g++ and runs a grid on the CPU, thread by thread, so that kernels and the engine around them are tested where there
-is no GPU. Everything is ordered on one stream: a copy or a launch sees what was asked for before it.
+is no GPU. Everything that a device is asked for is ordered on one stream: a copy or a launch sees what was asked for
+before it. Devices do not wait for each other but where one copies to the other.
 """
 
 from __future__ import annotations
@@ -94,6 +95,13 @@ class Device(Protocol):
 
     def read(self, target: AnyArray, source: Buffer) -> None:
         """Start copying out of the device into C-contiguous host memory; there after `synchronize`."""
+
+    def copy_to(self, device: Device, target: Buffer, source: Buffer) -> None:
+        """Copy from this device into another one's memory, of the same kind, without waiting for it; not in a capture.
+
+        It is as if both had been asked for the copy: it comes after all that either was asked for before, and before
+        all that either is asked for later.
+        """
 
     def fill(self, target: Buffer, byte: int) -> None: ...
 

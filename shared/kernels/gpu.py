@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import EngineError
-from shared.kernels.device import AnyArray, Argument, Buffer, Graph, Kernel
+from shared.kernels.device import AnyArray, Argument, Buffer, Device, Graph, Kernel
 from shared.kernels.launching import (
     SOURCES,
     StagingArrays,
     check_copy,
+    check_device_copy,
     fingerprint,
     grid_of,
     include_folders,
@@ -66,7 +67,8 @@ def cuda_unavailable(index: int = 0) -> EngineError | None:
         try:
             count = cupy.cuda.runtime.getDeviceCount()
             if index >= count:
-                return EngineError(f"there is no GPU {index}: {count} found", code="device_failed")
+                remedy = "indexes start at 0, and count those that CUDA_VISIBLE_DEVICES leaves"
+                return EngineError(f"there is no GPU {index}: {count} found", remedy, code="device_failed")
             properties = cupy.cuda.runtime.getDeviceProperties(index)
         except RuntimeError as e:
             remedy = "nvidia-smi tells whether a driver and a GPU are there"
@@ -162,8 +164,10 @@ class CudaDevice:
         # What a capture uses, while there is one.
         self._kept: list[object] | None = None
         self._context = ctypes.c_void_p()
+        self._index = index
         with cupy.cuda.Device(index):
             self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._event = cupy.cuda.Event(disable_timing=True)
             self._cuda.runtime.memGetInfo()
             self._driver.call("cuCtxGetCurrent", ctypes.byref(self._context))
         properties = cupy.cuda.runtime.getDeviceProperties(index)
@@ -233,6 +237,25 @@ class CudaDevice:
             runtime.memcpyAsync(
                 target.ctypes.data, source.address, target.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
             )
+
+    def copy_to(self, device: Device, target: Buffer, source: Buffer) -> None:
+        assert isinstance(device, CudaDevice)
+        check_device_copy(target, source)
+        self._refuse_in_capture("copy to another device")
+        device._refuse_in_capture("copy from another device")
+        runtime = self._cuda.runtime
+        # On this one's stream, where the copy follows what wrote the source.
+        self._wait_for(device)
+        with self._current():
+            if device._index == self._index:
+                runtime.memcpyAsync(
+                    target.address, source.address, source.nbytes, runtime.memcpyDeviceToDevice, self._stream.ptr
+                )
+            else:
+                runtime.memcpyPeerAsync(
+                    target.address, device._index, source.address, self._index, source.nbytes, self._stream.ptr
+                )
+        device._wait_for(self)
 
     def fill(self, target: Buffer, byte: int) -> None:
         self._keep(target.owner)
@@ -324,6 +347,14 @@ class CudaDevice:
             raise EngineError(f"{self.name}: {e}", code=code) from e
         finally:
             self._driver.call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _wait_for(self, other: CudaDevice) -> None:
+        """Let what is asked for from now on come after all that the other device has been asked for."""
+        # Waiting refers to the event as it is now: it can be recorded again at once.
+        with other._current():
+            other._event.record(other._stream)
+        with self._current():
+            self._stream.wait_event(other._event)
 
     def _keep(self, *owners: object) -> None:
         if self._kept is not None:

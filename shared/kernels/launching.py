@@ -120,6 +120,12 @@ def check_copy(buffer: Buffer, array: AnyArray) -> None:
         raise ValueError(f"cannot copy between {array.nbytes} bytes of an array and a buffer of {buffer.nbytes}")
 
 
+def check_device_copy(target: Buffer, source: Buffer) -> None:
+    """Refuses a copy between buffers that do not fit."""
+    if target.nbytes != source.nbytes:
+        raise ValueError(f"cannot copy a buffer of {source.nbytes} bytes into one of {target.nbytes}")
+
+
 class StagingArrays:
     """Knows the arrays that a device made as staging memory, and their views."""
 

@@ -54,7 +54,7 @@ def make_engine(model_path: ModelPath) -> Iterator[MakeEngine]:
         if key not in engines:
             name = model if isinstance(model, str) else str(model_path(model))
             made = EngineSettings(engine="cuda", model=name, **settings)  # type: ignore[arg-type]
-            engines[key] = CudaEngine(made, device=open_device(backend), graphs=graphs)
+            engines[key] = CudaEngine(made, devices=[open_device(backend)], graphs=graphs)
         for slot in range(engines[key].info.n_slots):
             engines[key].truncate(slot, 0)
         return engines[key]

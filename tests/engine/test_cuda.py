@@ -129,7 +129,7 @@ def test_logits_are_those_of_the_numpy_engine(name: str, model: TinyModel, model
     with kernel_roundings(reference, dense=True):
         rounded = numpy_rows(reference, tokens)
     reference.close()
-    engine = CudaEngine(EngineSettings(model=str(path), n_ctx=128, n_slots=1, n_batch=8), device=open_device(name))
+    engine = CudaEngine(EngineSettings(model=str(path), n_ctx=128, n_slots=1, n_batch=8), devices=[open_device(name)])
     got = feed(engine, 0, tokens, (1, 7, 5))
     engine.close()
     assert np.isfinite(got).all()
@@ -158,7 +158,7 @@ def test_one_layer_has_the_documented_roundings(name: str, model: TinyModel, mod
     with kernel_roundings(reference, dense=False):
         rounded = numpy_rows(reference, tokens)
     reference.close()
-    engine = CudaEngine(EngineSettings(model=str(path), n_ctx=128, n_slots=1, n_batch=8), device=open_device(name))
+    engine = CudaEngine(EngineSettings(model=str(path), n_ctx=128, n_slots=1, n_batch=8), devices=[open_device(name)])
     errors = relative_errors(feed(engine, 0, tokens), rounded)
     engine.close()
     assert np.quantile(errors, 0.25) < 5e-5
@@ -359,7 +359,7 @@ def test_page_layouts_change_nothing(lab: Lab) -> None:
 )
 def test_engines_for_the_same_model_agree(lab: Lab, make_engine: MakeEngine, change: dict[str, object]) -> None:
     """Graphs, and how much room an engine has, change no bit."""
-    info, cache = lab.engine.info, lab.engine._passes._layout.kind  # type: ignore[union-attr]
+    info, cache = lab.engine.info, lab.engine._passes._stages[0]._layout.kind  # type: ignore[union-attr]
     settings = {"n_ctx": info.n_ctx, "n_slots": 4, "n_batch": info.n_batch, "graphs": True, **change}
     other = make_engine(lab.backend, MIXED, cache_type_k=cache, cache_type_v=cache, **settings)
     tokens = lab.tokens[:150]
@@ -374,7 +374,7 @@ def test_dependent_launches_change_nothing(model_path: ModelPath) -> None:
     settings = EngineSettings(model=str(model_path(MIXED)), n_ctx=512, n_slots=3, n_batch=64)
     results = []
     for pdl, graphs in ((False, False), (True, False), (True, True)):
-        engine = CudaEngine(settings, device=CudaDevice(pdl=pdl), graphs=graphs)
+        engine = CudaEngine(settings, devices=[CudaDevice(pdl=pdl)], graphs=graphs)
         rng = np.random.default_rng(3)
         lengths = [0, 0, 0]
         out = []
@@ -398,11 +398,11 @@ def test_dependent_launches_change_nothing(model_path: ModelPath) -> None:
 def test_both_ways_of_attention_agree(lab: Lab, monkeypatch: pytest.MonkeyPatch, model_path: ModelPath) -> None:
     """A small batch whose splits would need too much memory is computed like a large one, with the same bits."""
     monkeypatch.setattr(passes, "_SPLIT_BYTES", 1)
-    cache = lab.engine._passes._layout.kind  # type: ignore[union-attr]
+    cache = lab.engine._passes._stages[0]._layout.kind  # type: ignore[union-attr]
     settings = EngineSettings(
         model=str(model_path(MIXED)), n_ctx=384, n_slots=1, n_batch=64, cache_type_k=cache, cache_type_v=cache
     )
-    engine = CudaEngine(settings, device=open_device(lab.backend))
+    engine = CudaEngine(settings, devices=[open_device(lab.backend)])
     assert_same_bits(feed(engine, 0, lab.tokens[:150], (64, 64, 1, 8)), lab.truth[:150])
     engine.close()
 
@@ -413,7 +413,7 @@ def test_rows_are_independent_for_every_type(model: TinyModel, model_path: Model
     """Every type and shape: rows in batches of 2 to 128 have the bits of single ones."""
     require("gpu")
     settings = EngineSettings(model=str(model_path(model)), n_ctx=192, n_slots=1, n_batch=128)
-    engine = CudaEngine(settings, device=CudaDevice())
+    engine = CudaEngine(settings, devices=[CudaDevice()])
     tokens = random_tokens(192)
     truth = feed(engine, 0, tokens, (1,) * 192)
     for n in (2, 3, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128):
@@ -604,7 +604,7 @@ def test_slots_and_lengths_that_are_refused(small: CudaEngine) -> None:
 def test_a_closed_engine_computes_nothing(backend: str, model_path: ModelPath) -> None:
     """After close, which may come twice, everything is refused, logits from before included; and the memory is given
     back. n_ctx 0 is the model's own."""
-    engine = CudaEngine(EngineSettings(model=str(model_path(MIXED)), n_slots=1), device=open_device(backend))
+    engine = CudaEngine(EngineSettings(model=str(model_path(MIXED)), n_slots=1), devices=[open_device(backend)])
     assert engine.info.n_ctx == 1024
     logits = engine.forward([Chunk(0, 0, tokens_of(5), 1)])
     held = weakref.ref(engine._passes)
@@ -907,7 +907,8 @@ def test_handed_out_rows_stay(small: CudaEngine) -> None:
         {"cache_type_v": "q8_0"},
         {"cache_type_k": "f32", "cache_type_v": "f32"},
         {"devices": ()},
-        {"devices": (0, 1)},
+        {"devices": (1, 0, 1)},
+        {"devices": (0, -1)},
         {"n_ctx": -1},
         {"n_slots": 0},
         {"n_batch": 0},
@@ -944,7 +945,7 @@ def test_too_large_a_model_is_refused_with_what_is_missing(model_path: ModelPath
     with pytest.raises(
         EngineError, match=r"8\.0 GiB of KV cache .* [78]\.\d GiB are missing on host \(1\.0 of 2\.0"
     ) as e:
-        CudaEngine(settings, device=device)
+        CudaEngine(settings, devices=[device])
     assert e.value.code == "out_of_memory"
     assert "n_ctx" in str(e.value.remedy)
 
@@ -955,7 +956,7 @@ def test_a_type_without_a_codec_is_refused_by_the_tensor_s_name(kind: str, tmp_p
     require("host")
     path = write_tiny_model(tmp_path / "m.gguf", replace(MIXED, types=((kind, "Q4_1"),)))
     with pytest.raises(ModelError, match=rf"{kind}\.weight.*Q4_1") as caught:
-        CudaEngine(EngineSettings(model=str(path)), device=HostDevice())
+        CudaEngine(EngineSettings(model=str(path)), devices=[HostDevice()])
     assert caught.value.code == "unsupported_quant_type"
 
 
@@ -994,21 +995,21 @@ def test_models_with_tensors_to_spare_or_missing(tmp_path: Path) -> None:
     ):
         path = write_tiny_model(tmp_path / f"{i}.gguf", replace(MIXED, **change))  # type: ignore[arg-type]
         with pytest.raises(ModelError, match=rf"{next(iter(change.values()))}\.weight") as caught:
-            CudaEngine(EngineSettings(model=str(path)), device=HostDevice())
+            CudaEngine(EngineSettings(model=str(path)), devices=[HostDevice()])
         assert caught.value.code == code
 
 
 def test_progress_is_reported_now_and_then() -> None:
-    """At the end in any case, with the share done."""
-    seen: list[float] = []
-    log = LoadingLog(lambda share, _speed: seen.append(share), every=0.0)
-    log(1, 4)
-    log(4, 4)
-    assert seen == [0.25, 1.0]
-    quiet = LoadingLog(lambda share, _speed: seen.append(share), every=1e9)
-    quiet(1, 4)
-    quiet(4, 4)
-    assert seen == [0.25, 1.0, 1.0]
+    """At the end in any case, with the share done and the device."""
+    seen: list[tuple[float, str]] = []
+    log = LoadingLog(lambda share, _speed, device: seen.append((share, device)), every=0.0)
+    log(1, 4, "a")
+    log(4, 4, "b")
+    assert seen == [(0.25, "a"), (1.0, "b")]
+    quiet = LoadingLog(lambda share, _speed, device: seen.append((share, device)), every=1e9)
+    quiet(1, 4, "c")
+    quiet(4, 4, "d")
+    assert seen[2:] == [(1.0, "d")]
 
 
 # --- the embedded pair ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from shared.kernels.host.device import HostDevice
 from shared.quant.codecs import dequantize
 from shared.quant.types import Q4_K
 from tests.kernels.arrays import Array, download, poisoned, upload
-from tests.kernels.conftest import BACKENDS, require
+from tests.kernels.conftest import BACKENDS, SEVERAL, open_several, require
 
 SOURCES = Path(__file__).parent / "cuda"
 FILE = "probe.cu"
@@ -315,6 +315,67 @@ def test_pageable_memory_may_be_reused_at_once(probes: Device) -> None:
         buffers.append(upload(probes, array))
         array[:] = -1
     assert [download(probes, buffer)[999] for buffer in buffers] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_copies_to_another_device_keep_their_turn(kind: str) -> None:
+    """Each copy takes what was asked for before it on one device, and comes before and after what the other one was
+    asked for: in a chain through three buffers that are written again at once, without waiting, no step is lost."""
+    # On a GPU a step takes longer than asking for it.
+    n, n_steps = 1 << 24 if kind != "host" else 1 << 12, 8
+    first, second = open_several(kind, 2, SOURCES)
+    kernels = [device.kernel(FILE, "scale") for device in (first, second)]
+    x, y = poisoned(first, (n,), "float32"), poisoned(second, (n,), "float32")
+    out = [poisoned(second, (n,), "float32") for _ in range(n_steps)]
+    step = [upload(first, np.full(n, i, np.float32)) for i in range(n_steps)]
+    for i in range(n_steps):
+        first.launch(kernels[0], (n // 64,), 64, [step[i], x, n, 2.0])
+        first.copy_to(second, y, x)
+        second.launch(kernels[1], (n // 64,), 64, [y, out[i], n, 3.0])
+    got = [download(second, part) for part in out]
+    assert [(part.min(), part.max()) for part in got] == [(6 * i, 6 * i) for i in range(n_steps)]
+    # And back.
+    second.copy_to(first, x.view(0, (n // 2,)), out[5].view(0, (n // 2,)))
+    assert [part.max() for part in download(first, x).reshape(2, -1)] == [30, 2 * (n_steps - 1)]
+    for device in (first, second):
+        device.close()
+
+
+def test_copies_to_another_device_that_are_refused(probes: Device) -> None:
+    """Of another size, and in a capture of either device."""
+    [other] = [HostDevice(SOURCES)] if isinstance(probes, HostDevice) else open_several("gpu", 1, SOURCES)
+    x, y = probes.zeros((4,), "float32"), other.zeros((4,), "float32")
+    with pytest.raises(ValueError, match="16 bytes into one of 8"):
+        probes.copy_to(other, y.view(0, (2,)), x)
+    for device in (probes, other):
+        with pytest.raises(ValueError, match="capture"):
+            device.capture(lambda: probes.copy_to(other, y, x))
+    probes.fill(x, 1)
+    probes.copy_to(other, y, x)
+    assert (download(other, y).view(np.uint8) == 1).all()
+    other.close()
+
+
+def test_a_late_device_shows_what_nobody_waits_for() -> None:
+    """The emulator's late device does nothing before it must: what is read too early is not there, staging memory that
+    is changed too early arrives changed. This is what tests of several devices rest on."""
+    first, second = open_several("host", 2, SOURCES)
+    x, y = first.zeros((4,), "float32"), second.zeros((4,), "float32")
+    source, target = first.staging((4,), "float32"), np.zeros(4, np.float32)
+    source[:] = 1
+    first.write(x, source)
+    first.copy_to(second, y, x)
+    second.read(target, y)
+    source[:] = 2
+    assert (target == 0).all()
+    second.synchronize()
+    assert (target == 2).all()
+    first.write(x, np.full(4, 3, np.float32))
+    second.read(target, y)
+    first.copy_to(second, y, x)
+    second.synchronize()
+    assert (target == 2).all()
+    assert (download(second, y) == 3).all()
 
 
 def test_a_device_says_what_it_is_and_has(probes: Device) -> None:

@@ -172,6 +172,54 @@ def test_drafts_without_a_model() -> None:
     assert by_name(check_models(Settings(draft={})))["drafts"].level == "WARN"
 
 
+class FakeDevice:
+    """GPU 0 and 1 are there."""
+
+    def __init__(self, index: int) -> None:
+        if index > 1:
+            raise EngineError(f"there is no GPU {index}: 2 found", "indexes start at 0", "device_failed")
+        self.name = f"GPU {index} (NVIDIA H100)"
+        self._free = 10 * (index + 1)
+
+    def memory(self) -> tuple[int, int]:
+        return self._free << 30, 80 << 30
+
+
+def devices_found(monkeypatch: pytest.MonkeyPatch, *devices: int, engine: str = "cuda") -> dict[str, Finding]:
+    """What is found where target and draft are to be on these GPUs; each model has 1 GB."""
+    gpu = SimpleNamespace(CudaDevice=FakeDevice)
+    monkeypatch.setitem(sys.modules, "shared.kernels.gpu", gpu)
+    monkeypatch.setattr(doctor, "_model", lambda _name: (10**9, "f" * 32, "a model"))
+    on_gpus = EngineSettings(engine=engine, devices=devices)
+    settings = Settings(verifier=VerifierSettings(on_gpus), draft={"model": DraftSettings(engine=on_gpus)})
+    return by_name(check_models(settings))
+
+
+def test_the_gpus_of_a_model_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the cuda engine: each GPU that its settings name, with its free memory; a model there takes no other."""
+    found = devices_found(monkeypatch, 1, 0)
+    assert (found["devices target"].level, found["devices target"].detail) == (
+        "OK",
+        "GPU 1 (NVIDIA H100), 20.0 of 80.0 GiB free; GPU 0 (NVIDIA H100), 10.0 of 80.0 GiB free",
+    )
+    assert found["devices draft model"].level == "OK"
+    assert "take 0.0 MB" in found["memory"].detail
+    found = devices_found(monkeypatch, 1, 0, engine="ik")
+    assert "devices target" not in found
+    assert "take 2.0 GB" in found["memory"].detail
+
+
+@pytest.mark.parametrize(
+    ("devices", "detail"), [((0, 2), "there is no GPU 2: 2 found"), ((0, 0), "names a GPU twice"), ((), "names no GPU")]
+)
+def test_gpus_that_cannot_be_used_fail(monkeypatch: pytest.MonkeyPatch, devices: tuple[int, ...], detail: str) -> None:
+    """With a remedy; an engine that is to use them would not start."""
+    finding = devices_found(monkeypatch, *devices)["devices target"]
+    assert finding.level == "FAIL"
+    assert detail in finding.detail
+    assert finding.remedy
+
+
 def test_memory_and_cores() -> None:
     """Models larger than the free memory, and a single core, are warnings."""
     assert check_memory(10, 20).level == "OK"

@@ -1,8 +1,9 @@
-"""The cuda engine: a decoder-only transformer on quantized blocks, on an NVIDIA GPU.
+"""The cuda engine: a decoder-only transformer on quantized blocks, on one NVIDIA GPU or several.
 
 Invariant: a row's logits are bitwise a function of the model and the slot's tokens up to that row. Neither the other
 rows of a batch, nor how a prefix was cut into batches, rolled back or shared, nor the pages that hold it, nor whether a
-pass is replayed as a graph changes a bit: every kernel keeps one order of summation per output (docs/kernels.md).
+pass is replayed as a graph, nor over how many GPUs the layers are spread changes a bit: every kernel keeps one order of
+summation per output (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import structlog
 from shared.engine.cuda.logits import CudaLogits
 from shared.engine.cuda.pages import PageTable
 from shared.engine.cuda.passes import MAX_CHAIN, Passes
-from shared.engine.cuda.weights import LoadingLog, device_bytes, load_weights
+from shared.engine.cuda.placement import Room, check_devices, place_layers
+from shared.engine.cuda.weights import LoadingLog, load_weights, measure_weights
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Int32, Proposed
 from shared.engine.slots import check_chunks, check_prefix, common_prefix
 from shared.errors import EngineError
@@ -32,8 +34,6 @@ from shared.sampling.params import SamplingParams
 
 _DEFAULT_MAX_CTX = 4096
 _GIB = 1 << 30
-_RESERVE = _GIB // 4
-"""Left free for compiled code, graphs and the driver."""
 
 _log = structlog.get_logger(__name__)
 
@@ -42,20 +42,18 @@ class CudaEngine:
     """See the module's docstring and `shared.engine.interface.Engine`.
 
     Args:
-        device: where to run; by default the GPU that the settings name.
+        devices: where to run, in the order of the layers; by default the GPUs that the settings name.
         graphs: replay passes as graphs; without, every kernel is launched on its own (the bits are the same).
 
     Raises:
         ModelError: the model is missing, damaged, or not one that this engine computes.
-        EngineError: there is no usable GPU (code device_failed), a setting cannot be honoured (bad_settings), or the
-            GPU's memory does not suffice (out_of_memory).
+        EngineError: a GPU cannot be used (code device_failed), a setting cannot be honoured (bad_settings), or a GPU's
+            memory does not suffice (out_of_memory).
     """
 
-    def __init__(self, settings: EngineSettings, *, device: Device | None = None, graphs: bool = True) -> None:
+    def __init__(self, settings: EngineSettings, *, devices: Sequence[Device] = (), graphs: bool = True) -> None:
         _check_settings(settings)
-        if device is None:
-            device = CudaDevice(settings.devices[0])
-        self._device = device
+        self._devices: Sequence[Device] = devices or [CudaDevice(index) for index in settings.devices]
         with GGUFFile.open(resolve_model(settings.model)) as file:
             config = ModelConfig.read(file)
             _check_model(config, str(file.path))
@@ -63,17 +61,24 @@ class CudaEngine:
             max_pages = -(-n_ctx // PAGE_TOKENS)
             n_pages = settings.kv_pages or settings.n_slots * max_pages
             layout = CacheLayout(settings.cache_type_k, config.head_dim, config.n_head_kv)
-            cache = config.n_layer * n_pages * layout.page_bytes
             scratch = Passes.scratch_bytes(config, n_ctx, settings.n_batch)
-            _check_memory(device, device_bytes(file), cache, scratch, str(file.path))
+            rooms = [Room(device.name, *device.memory()) for device in self._devices]
+            shares = place_layers(
+                measure_weights(file, config), n_pages * layout.page_bytes, scratch, rooms, str(file.path)
+            )
+            placed = [
+                f"{room.name}: layers {share.layers.start} to {share.layers.stop - 1}, {share.n_bytes / _GIB:.1f} GiB"
+                for room, share in zip(rooms, shares, strict=True)
+            ]
+            _log.info("model_placed", model=settings.model, devices=placed)
             fingerprint = vocabulary_fingerprint(file)
 
-            def report(share: float, speed: float) -> None:
-                _log.info("model_loading", done=round(share, 3), gib_per_second=round(speed, 2))
+            def report(share: float, speed: float, device: str) -> None:
+                _log.info("model_loading", done=round(share, 3), gib_per_second=round(speed, 2), device=device)
 
-            weights = load_weights(device, file, config, LoadingLog(report))
+            weights = load_weights(self._devices, [share.layers for share in shares], file, config, LoadingLog(report))
         self._passes: Passes | None = Passes(
-            device, config, weights, layout, n_ctx, settings.n_slots, n_pages, settings.n_batch, graphs
+            self._devices, config, weights, layout, n_ctx, settings.n_slots, n_pages, settings.n_batch, graphs
         )
         self._passes.prepare()
         self._pages = PageTable(settings.n_slots, max_pages, n_pages)
@@ -138,7 +143,8 @@ class CudaEngine:
         if self._passes is not None:
             self._passes.close()
             self._passes = None
-            self._device.close()
+            for device in self._devices:
+                device.close()
 
     def forward(self, chunks: Sequence[Chunk]) -> CudaLogits:
         passes = self._check(chunks)
@@ -159,13 +165,16 @@ class CudaEngine:
         return MAX_CHAIN
 
     def can_propose(self, params: SamplingParams) -> bool:
-        return params.acceptance == "coupled" and not changes_logits(params)
+        # A chain's next token does not leave the GPU that chose it.
+        return len(self._devices) == 1 and params.acceptance == "coupled" and not changes_logits(params)
 
     def propose(self, chunks: Sequence[Chunk], params: Sequence[SamplingParams], n: int) -> Proposed:
         if not 1 <= n <= MAX_CHAIN or any(chunk.rows != 1 for chunk in chunks) or len(params) != len(chunks):
             raise EngineError(f"proposals take 1 to {MAX_CHAIN} tokens and a row of each chunk", code="bad_rows")
         if not all(self.can_propose(p) for p in params):
-            raise EngineError("tokens are proposed greedily or coupled, without bias or penalties", code="bad_params")
+            raise EngineError(
+                "tokens are proposed on one GPU, greedily or coupled, without bias or penalties", code="bad_params"
+            )
         passes = self._check(chunks, n - 1)
         self._make_room(passes, chunks, n - 1)
         proposed = passes.propose(chunks, self._pages.table, params, n)
@@ -231,7 +240,7 @@ class CudaEngine:
 def _check_settings(settings: EngineSettings) -> None:
     if settings.n_gpu_layers or settings.n_cpu_moe or settings.override_tensors:
         raise EngineError(
-            "the cuda engine keeps the whole model on its GPU: it cannot honour n_gpu_layers, n_cpu_moe or "
+            "the cuda engine keeps the whole model on its GPUs: it cannot honour n_gpu_layers, n_cpu_moe or "
             "override_tensors",
             "leave them out, or use the ik engine",
             "bad_settings",
@@ -243,10 +252,7 @@ def _check_settings(settings: EngineSettings) -> None:
             'set both to "f16", "q8_0" or "q4_0"',
             "bad_settings",
         )
-    if len(settings.devices) != 1:
-        raise EngineError(
-            f"devices = {list(settings.devices)}: the cuda engine runs a model on one GPU", "name one", "bad_settings"
-        )
+    check_devices(settings.devices)
     for name, low in (("n_ctx", 0), ("n_slots", 1), ("n_batch", 1), ("kv_pages", 0)):
         if getattr(settings, name) < low:
             raise EngineError(f"{name} = {getattr(settings, name)}", f"it starts at {low}", "bad_settings")
@@ -279,18 +285,4 @@ def _check_model(config: ModelConfig, path: str) -> None:
         raise refuse(
             f"{config.n_expert} experts, {config.n_expert_used} a token; the cuda engine takes {MAX_EXPERTS} and "
             f"{MAX_EXPERTS_USED}"
-        )
-
-
-def _check_memory(device: Device, weights: int, cache: int, scratch: int, path: str) -> None:
-    """Refuse what would not fit. All in bytes."""
-    free, total = device.memory()
-    missing = weights + cache + scratch + _RESERVE - free
-    if missing > 0:
-        raise EngineError(
-            f"{path} needs {weights / _GIB:.1f} GiB for its weights, {cache / _GIB:.1f} GiB of KV cache and "
-            f"{scratch / _GIB:.1f} GiB of scratch memory; {missing / _GIB:.1f} GiB are missing on {device.name} "
-            f"({free / _GIB:.1f} of {total / _GIB:.1f} GiB free)",
-            "use a smaller quantization, a shorter n_ctx, fewer n_slots, a quantized cache_type, or free the GPU",
-            "out_of_memory",
         )

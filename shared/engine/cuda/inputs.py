@@ -70,6 +70,11 @@ class Inputs:
             q,
         )
 
+    @property
+    def n_rows(self) -> int:
+        """Rows of the batch that was filled in."""
+        return int(self.host[0])
+
     def fill(self, chunks: Sequence[Chunk], pages: npt.NDArray[np.int32], number: int) -> bool:
         """Describe a batch; False if it has more splits than there is room for.
 

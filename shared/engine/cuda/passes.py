@@ -2,6 +2,9 @@
 
 A pass has a capacity of rows (a power of two, or the largest batch) and of wanted rows; how many there are is read on
 the device, so that one graph serves every batch that fits. Its arithmetic is the same for any capacity.
+
+Each device is a stage of the pass, with its own graph; from one to the next only the residual stream is handed over.
+The bits are those of one device.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.engine.cuda.inputs import Inputs, max_tiles
-from shared.engine.cuda.weights import LayerWeights, Weights
+from shared.engine.cuda.weights import LayerWeights, OutputWeights, Weights
 from shared.engine.interface import Chunk, Float32, Int32, Proposed
 from shared.kernels import attention, experts, head, matmul, norm
 from shared.kernels.activations import Activations
@@ -87,15 +90,16 @@ class Passes:
     """See the module's docstring.
 
     Args:
+        devices: in the order of their layers. weights: what each of them has.
         n_ctx: tokens of a slot. n_pages: of the KV pool. n_batch: most rows of a pass.
         graphs: whether passes are replayed as graphs.
     """
 
     def __init__(
         self,
-        device: Device,
+        devices: Sequence[Device],
         config: ModelConfig,
-        weights: Weights,
+        weights: Sequence[Weights],
         layout: CacheLayout,
         n_ctx: int,
         n_slots: int,
@@ -103,40 +107,27 @@ class Passes:
         n_batch: int,
         graphs: bool,
     ) -> None:
-        self.device = device
         self._config = config
-        self._weights = weights
-        self._layout = layout
         self._n_slots = n_slots
         self._n_batch = n_batch
         self.graphs = graphs
-        self._group = config.n_head // config.n_head_kv
-        cos, sin = rope_tables(config.rope, weights.rope_factors, n_ctx)
-        self._cos, self._sin = self._upload(cos), self._upload(sin)
-        self._pages = device.zeros((n_slots, -(-n_ctx // PAGE_TOKENS)), np.int32)
-        layer_bytes = n_pages * layout.page_bytes
-        self._cache = device.zeros((config.n_layer * layer_bytes,), np.uint8)
-        self._layers = [layout.layer(self._cache, layer * layer_bytes, n_pages) for layer in range(config.n_layer)]
-        self._n_pages = n_pages
-        tiles = max_tiles(min(n_batch, _SPLIT_ROWS), self._group, n_slots)
-        item_bytes = attention.item_bytes(layout)
-        self._max_items = max(1, min(tiles * attention.n_splits(n_ctx), _SPLIT_BYTES // item_bytes))
-        self._groups: dict[int, Groups] = {}
-        self._scratch = self._make_scratch()
-        # A batch has a chunk of a slot at most, which writes into one shared page at most.
-        self._copies = device.zeros((n_slots, 2), np.int32)
-        self._gather_ids = device.zeros((_GATHER,), np.int32)
-        self._gathered = device.zeros((_GATHER,), np.float32)
+        self._stages = [
+            Stage(device, config, part, layout, n_ctx, n_slots, n_pages, n_batch)
+            for device, part in zip(devices, weights, strict=True)
+        ]
+        # Where logits are.
+        self.device = devices[-1]
+        self._gather_ids = self.device.zeros((_GATHER,), np.int32)
+        self._gathered = self.device.zeros((_GATHER,), np.float32)
         self._passes: dict[tuple[int, int, bool, bool], Pass] = {}
         self._chains: dict[int, _Chain] = {}
-        self._fed = device.zeros((n_slots,), np.int32)
         self._number = 0
         self._heads: dict[int, _Head] = {}
 
     @staticmethod
     def scratch_bytes(config: ModelConfig, n_ctx: int, n_batch: int) -> int:
-        """About the memory beside weights and KV pool, while at most _WANTED rows of a pass are wanted: scratch,
-        partial results, rope tables and logits."""
+        """About the memory of a device beside weights and KV pool, while at most _WANTED rows of a pass are wanted:
+        scratch, partial results, rope tables and logits."""
         pairs = n_batch * max(1, config.n_expert_used)
         heads = (config.n_head + 2 * config.n_head_kv) * config.head_dim
         n_ff = config.n_expert_ff or config.n_ff
@@ -146,28 +137,30 @@ class Passes:
 
     def prepare(self) -> None:
         """Compile every kernel that passes of this model use."""
-        self.device.prepare(self._kernels())
+        # All of them for each device, which makes them the same modules: compiled once.
+        kernels = sorted(set().union(*(stage.kernels() for stage in self._stages)))
+        for stage in self._stages:
+            stage.device.prepare(kernels)
 
     def close(self) -> None:
         """Let go of the recorded passes, which know this object: with it all memory goes."""
-        self.device.synchronize()
+        self._synchronize()
         self._passes.clear()
 
     def write_pages(self, table: PageNumbers) -> None:
-        """Tell the device which pages slots have: [n_slots, max_pages]."""
-        self.device.write(self._pages, table)
+        """Tell the devices which pages slots have: [n_slots, max_pages]."""
+        for stage in self._stages:
+            stage.write_pages(table)
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages (source, target) in every layer."""
-        pairs = self._copies.view(0, (len(copies), 2))
-        self.device.write(pairs, np.array(copies, np.int32))
-        attention.copy_pages(self.device, self._cache, self._layout, self._config.n_layer, self._n_pages, pairs)
-        self.device.synchronize()
+        for stage in self._stages:
+            stage.copy_pages(copies)
 
     def run(self, chunks: Sequence[Chunk], pages: PageNumbers) -> Pass:
         """Start a pass over a batch that has been checked, with the page table that has room for it."""
         # The last pass may still be reading its inputs.
-        self.device.synchronize()
+        self._synchronize()
         chosen = self._fill(chunks, pages, False)
         chosen.start()
         return chosen
@@ -175,8 +168,11 @@ class Passes:
     def propose(
         self, chunks: Sequence[Chunk], pages: PageNumbers, params: Sequence[SamplingParams], n: int
     ) -> Proposed:
-        """A chain of passes, whose first is over a batch that has been checked and wants a row of each chunk."""
-        self.device.synchronize()
+        """A chain of passes, whose first is over a batch that has been checked and wants a row of each chunk.
+
+        On one device only: what is chosen at a pass's end is embedded at the next one's start.
+        """
+        self._synchronize()
         chain = self._chain(capacity(len(chunks), self._n_slots))
         for row, (chunk, p) in enumerate(zip(chunks, params, strict=True)):
             position = chunk.start + len(chunk.tokens)
@@ -213,17 +209,17 @@ class Passes:
         outs = capacity(n_out, self._n_slots if chained else self._n_batch) if n_out else 0
         chosen = self._pass(rows, outs, rows <= _SPLIT_ROWS, chained)
         number = self._next_number()
-        if not chosen.inputs.fill(chunks, pages, number):
+        if not chosen.fill(chunks, pages, number):
             chosen = self._pass(rows, outs, False, chained)
-            chosen.inputs.fill(chunks, pages, number)
+            chosen.fill(chunks, pages, number)
         return chosen
 
     def _next_number(self) -> int:
         """The next pass's number, which no groups of experts in memory have."""
         if self._number == _MOST_NUMBER:
-            self.device.synchronize()
-            for groups in self._groups.values():
-                self.device.fill(groups.words, 0)
+            self._synchronize()
+            for stage in self._stages:
+                stage.forget_groups()
             self._number = 0
         self._number += 1
         return self._number
@@ -231,14 +227,16 @@ class Passes:
     def _pass(self, rows: int, outs: int, split: bool, chained: bool) -> Pass:
         key = rows, outs, split, chained
         if key not in self._passes:
-            max_items = self._max_items if split else 0
-            inputs = Inputs(self.device, rows, outs, self._group, max_items, self._pages, self._scratch.q)
+            inputs = [stage.make_inputs(rows, outs, split) for stage in self._stages]
             if outs and outs not in self._heads:
                 self._heads[outs] = _Head(self.device, self._config, outs)
-            if rows not in self._groups and self._config.n_expert:
-                self._groups[rows] = self._make_groups(rows)
             chain = self._chain(outs) if chained else None
-            self._passes[key] = Pass(self, inputs, rows, self._heads.get(outs), split, chain)
+            wanted = self._heads.get(outs)
+            parts = [
+                _Part(stage, told, rows, wanted, split, chain, self.graphs)
+                for stage, told in zip(self._stages, inputs, strict=True)
+            ]
+            self._passes[key] = Pass(self, parts, wanted)
         return self._passes[key]
 
     def _chain(self, rows: int) -> _Chain:
@@ -246,26 +244,100 @@ class Passes:
             self._chains[rows] = _Chain(self.device, rows)
         return self._chains[rows]
 
+    def _synchronize(self) -> None:
+        for stage in self._stages:
+            stage.device.synchronize()
+
+
+class Stage:
+    """A device's part of every pass: consecutive layers with their KV pool; on the first device the embedding before
+    them, on the last one the logits behind them. See `Passes` for the arguments."""
+
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        weights: Weights,
+        layout: CacheLayout,
+        n_ctx: int,
+        n_slots: int,
+        n_pages: int,
+        n_batch: int,
+    ) -> None:
+        self.device = device
+        self._config = config
+        self._weights = weights
+        self._layout = layout
+        self._n_batch = n_batch
+        self._group = config.n_head // config.n_head_kv
+        cos, sin = rope_tables(config.rope, weights.rope_factors, n_ctx)
+        self._cos, self._sin = self._upload(cos), self._upload(sin)
+        self._pages = device.zeros((n_slots, -(-n_ctx // PAGE_TOKENS)), np.int32)
+        layer_bytes, n_layers = n_pages * layout.page_bytes, len(weights.layers)
+        self._cache = device.zeros((n_layers * layer_bytes,), np.uint8)
+        self._layers = [layout.layer(self._cache, layer * layer_bytes, n_pages) for layer in range(n_layers)]
+        self._n_pages = n_pages
+        tiles = max_tiles(min(n_batch, _SPLIT_ROWS), self._group, n_slots)
+        item_bytes = attention.item_bytes(layout)
+        self._max_items = max(1, min(tiles * attention.n_splits(n_ctx), _SPLIT_BYTES // item_bytes))
+        self._groups: dict[int, Groups] = {}
+        self._scratch = self._make_scratch()
+        # A batch has a chunk of a slot at most, which writes into one shared page at most.
+        self._copies = device.zeros((n_slots, 2), np.int32)
+        self._fed = device.zeros((n_slots,), np.int32)
+
+    @property
+    def x(self) -> Buffer:
+        """Where the residual stream comes in, on all devices but the first: float32 [n_batch, n_embd]."""
+        return self._scratch.x
+
+    def make_inputs(self, rows: int, outs: int, split: bool) -> Inputs:
+        """Room for what passes of this capacity are told, and for their groups of rows."""
+        if rows not in self._groups and self._config.n_expert:
+            self._groups[rows] = self._make_groups(rows)
+        max_items = self._max_items if split else 0
+        return Inputs(self.device, rows, outs, self._group, max_items, self._pages, self._scratch.q)
+
+    def forget_groups(self) -> None:
+        """Leave no group of experts in memory that a pass could take for its own."""
+        for groups in self._groups.values():
+            self.device.fill(groups.words, 0)
+
+    def write_pages(self, table: PageNumbers) -> None:
+        self.device.write(self._pages, table)
+
+    def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
+        pairs = self._copies.view(0, (len(copies), 2))
+        self.device.write(pairs, np.array(copies, np.int32))
+        attention.copy_pages(self.device, self._cache, self._layout, len(self._layers), self._n_pages, pairs)
+        self.device.synchronize()
+
     # --- what a pass consists of -------------------------------------------------------------------------------------
 
-    def record(self, inputs: Inputs, rows: int, wanted: _Head | None, split: bool, chain: _Chain | None) -> None:
-        """Ask the device for everything that a pass does: `rows` at most, attention in splits or whole.
+    def record(self, inputs: Inputs, rows: int, wanted: _Head | None, split: bool, chain: _Chain | None) -> Buffer:
+        """Ask the device for all of its part of a pass: `rows` at most, attention in splits or whole.
 
         In a chain, inputs are copied in before the pass, and what comes out is the next tokens.
+
+        Returns:
+            Where the residual stream is afterwards, for the next device: float32, its rows the first ones.
         """
         device, weights, s = self.device, self._weights, self._scratch
         if chain is None:
             device.write(inputs.buffer, inputs.host)
         plain = PlainRows(inputs.step.view(0, (1,)), rows)
-        embed(
-            device, inputs.step, inputs.tokens, self._fed, weights.embedding, s.x.view(0, (rows, self._config.n_embd))
-        )
+        if weights.embedding is not None:
+            x = s.x.view(0, (rows, self._config.n_embd))
+            embed(device, inputs.step, inputs.tokens, self._fed, weights.embedding, x)
         stream = _Stream(s.x, s.spare, (None, None, 0))
         for number, (layer, cache) in enumerate(zip(weights.layers, self._layers, strict=True)):
             self._attention(inputs, rows, layer, cache, stream, plain, split)
             stream = self._feed_forward(inputs, rows, number, layer, stream, plain)
-        if wanted is not None:
-            self._logits(inputs, stream, wanted, chain)
+        if weights.output is None:
+            self._add_due(inputs, rows, stream)
+        elif wanted is not None:
+            self._logits(inputs, stream, wanted, weights.output, chain)
+        return stream.x
 
     def _attention(
         self,
@@ -369,9 +441,18 @@ class Passes:
             norm.quantize(device, inputs.step, pairs, s.ff, s.ff_q, max_rows * pairs)
         matmul.matmul(device, [down], rows, quantized, s.ff, s.y, n_used=n_used)
 
-    def _logits(self, inputs: Inputs, stream: _Stream, wanted: _Head, chain: _Chain | None) -> None:
+    def _add_due(self, inputs: Inputs, rows: int, stream: _Stream) -> None:
+        """Add what is due to the residual stream, as the first norm of the next layer would: with the same bits."""
+        s, eps = self._scratch, self._config.rms_eps
+        # Of the norm nothing is used, so that any weights will do.
+        weight = self._weights.layers[-1].ffn_norm
+        norm.add_norm(self.device, inputs.step, stream.x, *stream.parts, weight, eps, None, s.h_q, rows)
+
+    def _logits(
+        self, inputs: Inputs, stream: _Stream, wanted: _Head, output: OutputWeights, chain: _Chain | None
+    ) -> None:
         """The wanted rows' logits, their leaders and log-sum-exp, copied out; or the next tokens of a chain."""
-        device, config, weights = self.device, self._config, self._weights
+        device, config = self.device, self._config
         plain = PlainRows(inputs.step.view(4, (1,)), wanted.outs)
         norm.output_norm(
             device,
@@ -379,13 +460,13 @@ class Passes:
             inputs.out_rows,
             stream.x,
             *stream.parts,
-            weights.output_norm,
+            output.norm,
             config.rms_eps,
             wanted.h,
             wanted.h_q,
             wanted.outs,
         )
-        matmul.matmul(device, [weights.output], plain, wanted.h_q, wanted.h, wanted.logits)
+        matmul.matmul(device, [output.matrix], plain, wanted.h_q, wanted.h, wanted.logits)
         head.top_chunks(device, inputs.step, wanted.logits, wanted.chunks, wanted.outs)
         head.top_merge(
             device,
@@ -419,7 +500,7 @@ class Passes:
     def _make_groups(self, rows: int) -> Groups:
         config = self._config
         columns, n_used = matmul.columns_for(rows), config.n_expert_used
-        return Groups.empty(self.device, rows, columns, n_used, config.n_expert, config.n_layer)
+        return Groups.empty(self.device, rows, columns, n_used, config.n_expert, len(self._layers))
 
     def _make_scratch(self) -> _Scratch:
         device, config, rows = self.device, self._config, self._n_batch
@@ -458,8 +539,8 @@ class Passes:
         self.device.write(buffer, np.ascontiguousarray(array))
         return buffer
 
-    def _kernels(self) -> list[tuple[str, str]]:
-        """Every kernel that passes of this model use, as (file, name)."""
+    def kernels(self) -> set[tuple[str, str]]:
+        """Every kernel that this device's part of passes uses, as (file, name)."""
         config, weights = self._config, self._weights
         capacities = {capacity(rows, self._n_batch) for rows in range(1, self._n_batch + 1)}
         names = {CHOOSE_KERNEL, ("norm.cu", "quantize")}
@@ -469,7 +550,8 @@ class Passes:
             ("head.cu", "top_chunks"),
             ("head.cu", head.top_merge_name(config.n_vocab)),
         }
-        names.add(embed_kernel(weights.embedding.codec))
+        if weights.embedding is not None:
+            names.add(embed_kernel(weights.embedding.codec))
         names |= {("attention.cu", name) for name in attention.kernel_names(self._layout)}
         if config.n_expert:
             for rows in capacities:
@@ -482,11 +564,13 @@ class Passes:
         for n in {matmul.columns_for(rows) for rows in capacities}:
             for layer in weights.layers:
                 names.add(("matmul.cu", matmul.gate_up_name(layer.gate, layer.up, n)))
-                for matrices in (layer.qkv, [layer.output], [weights.output]):
+                for matrices in (layer.qkv, [layer.output]):
                     names.add(("matmul.cu", matmul.matmul_name(matrices, n)))
                 quantize = matmul.can_quantize(layer.down, n)
                 names.add(("matmul.cu", matmul.matmul_name([layer.down], n, quantize)))
-        return sorted(names)
+            if weights.output is not None:
+                names.add(("matmul.cu", matmul.matmul_name([weights.output.matrix], n)))
+        return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -541,29 +625,75 @@ class _Chain:
         chosen.start()
 
 
-class Pass:
-    """One recorded pass and its results; what `CudaLogits` reads."""
+class _Part:
+    """A stage's part of a pass, recorded when it is first asked for."""
 
     def __init__(
-        self, passes: Passes, inputs: Inputs, rows: int, wanted: _Head | None, split: bool, chain: _Chain | None
+        self,
+        stage: Stage,
+        inputs: Inputs,
+        rows: int,
+        wanted: _Head | None,
+        split: bool,
+        chain: _Chain | None,
+        graphs: bool,
     ) -> None:
         self.inputs = inputs
-        self._chain = chain
-        self._passes = passes
+        self._stage = stage
         self._rows = rows
         self._wanted = wanted
         self._split = split
+        self._chain = chain
+        self._graphs = graphs
         self._graph: Graph | None = None
+        # Where the residual stream is at the end; known once it is recorded.
+        self._x = stage.x
 
     def start(self) -> None:
         """Compute what `inputs` describes, without waiting for it."""
-        device = self._passes.device
-        if not self._passes.graphs:
+        if not self._graphs:
             self._record()
             return
         if self._graph is None:
-            self._graph = device.capture(self._record)
+            self._graph = self._stage.device.capture(self._record)
         self._graph.replay()
+
+    def hand_over(self, rows: int, to: _Part) -> None:
+        """Give the next stage the residual stream of the first `rows` rows."""
+        shape = rows, self._x.shape[1]
+        self._stage.device.copy_to(to._stage.device, to._stage.x.view(0, shape), self._x.view(0, shape))
+
+    def _record(self) -> None:
+        self._x = self._stage.record(self.inputs, self._rows, self._wanted, self._split, self._chain)
+
+
+class Pass:
+    """One pass, stage by stage, and its results; what `CudaLogits` reads."""
+
+    def __init__(self, passes: Passes, parts: Sequence[_Part], wanted: _Head | None) -> None:
+        self._passes = passes
+        self._parts = parts
+        self._wanted = wanted
+
+    @property
+    def inputs(self) -> Inputs:
+        """What the first stage is told, as all are."""
+        return self._parts[0].inputs
+
+    def fill(self, chunks: Sequence[Chunk], pages: PageNumbers, number: int) -> bool:
+        """As `Inputs.fill`, for every stage."""
+        filled = self.inputs.fill(chunks, pages, number)
+        for part in self._parts[1:]:
+            part.inputs.host[:] = self.inputs.host
+        return filled
+
+    def start(self) -> None:
+        """Compute what `inputs` describes, without waiting for it."""
+        rows = self.inputs.n_rows
+        for i, part in enumerate(self._parts):
+            if i > 0:
+                self._parts[i - 1].hand_over(rows, part)
+            part.start()
 
     def leaders(self) -> tuple[Int32, Float32, npt.NDArray[np.float64]]:
         self._passes.device.synchronize()
@@ -582,6 +712,3 @@ class Pass:
         self._passes.device.read(out, logits.view(row * out.nbytes, out.shape))
         self._passes.device.synchronize()
         return out
-
-    def _record(self) -> None:
-        self._passes.record(self.inputs, self._rows, self._wanted, self._split, self._chain)

@@ -1,4 +1,4 @@
-"""A model's tensors on a device, in the layout of the kernels, still quantized.
+"""A model's tensors on devices, in the layout of the kernels, still quantized.
 
 Invariant: every tensor of the file is used or refused by name; nothing is unpacked for good.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from shared.engine.cuda.placement import ModelBytes
 from shared.engine.interface import Float32
 from shared.kernels.device import Buffer, Device
 from shared.kernels.weights import Tiles, codec_of, repack, repack_kernel
@@ -21,8 +22,10 @@ from shared.model.gguf import GGUFFile, TensorInfo
 from shared.model.tensors import TensorNames
 from shared.quant.codecs import dequantize, has_codec
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+Progress = Callable[[int, int, str], None]
+"""Called with bytes done, bytes in all, and the name of the device that is being loaded."""
+
+_EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +49,48 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The whole model. rope_factors: [rope.dim / 2] on the host, by which frequencies are divided, or None."""
+class OutputWeights:
+    """What turns the residual stream into logits."""
 
-    embedding: Tiles
+    norm: Buffer
+    matrix: Tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a device has of a model: consecutive layers, the embedding on the first device, the output on the last one.
+
+    rope_factors: [rope.dim / 2] on the host, by which frequencies are divided, or None.
+    """
+
+    embedding: Tiles | None
     layers: tuple[LayerWeights, ...]
-    output_norm: Buffer
-    output: Tiles
+    output: OutputWeights | None
     rope_factors: Float32 | None
 
-    @property
-    def matrices(self) -> tuple[Tiles, ...]:
-        layers = [m for layer in self.layers for m in (*layer.qkv, layer.output, layer.gate, layer.up, layer.down)]
-        return (self.embedding, self.output, *layers)
 
-
-def device_bytes(file: GGUFFile) -> int:
-    """The memory that `load_weights` takes, the largest tensor's raw copy while loading included.
+def measure_weights(file: GGUFFile, config: ModelConfig) -> ModelBytes:
+    """The memory that `load_weights` takes, a raw copy of the largest tensor while loading included.
 
     Raises:
-        ModelError: a tensor's type has no codec.
+        ModelError: a tensor is missing, has another shape or a type without a codec, or is not one of this
+            architecture's: all that can be refused, before gigabytes are read.
     """
+    check = _Check(file)
+    _build(check, config, range(config.n_layer), _rope_factors(check, config))
+    check.finish()
+    embedding = output = 0
+    layers = [0] * config.n_layer
+    for info in file.tensors.values():
+        n_bytes = _tiles_bytes(info) if len(info.shape) > 1 else 4 * info.n_elements
+        if info.name == _EMBEDDING:
+            embedding = n_bytes
+        elif info.name.startswith("blk."):
+            layers[int(info.name.split(".")[1])] += n_bytes
+        else:
+            output += n_bytes
     largest = max(info.n_bytes for info in file.tensors.values())
-    return largest + sum(
-        _tiles_bytes(info) if len(info.shape) > 1 else 4 * info.n_elements for info in file.tensors.values()
-    )
+    return ModelBytes(embedding, tuple(layers), output, config.tied_output, largest)
 
 
 def _tiles_bytes(info: TensorInfo) -> int:
@@ -78,30 +98,50 @@ def _tiles_bytes(info: TensorInfo) -> int:
     return math.prod(stack) * codec_of(info.quant, info.name).bytes_per_matrix(n_rows, k)
 
 
-def load_weights(device: Device, file: GGUFFile, config: ModelConfig, progress: Progress) -> Weights:
-    """Copy every tensor to the device and bring it into the kernels' layout.
+def load_weights(
+    devices: Sequence[Device], shares: Sequence[range], file: GGUFFile, config: ModelConfig, progress: Progress
+) -> list[Weights]:
+    """Copy each device's share of the layers, and what is beside it, there, and bring it into the kernels' layout.
+
+    Args:
+        file: one that `measure_weights` accepts.
 
     Raises:
-        ModelError: a tensor is missing, has another shape or a type without a codec, or is not one of this
-            architecture's.
-        EngineError: the device's memory does not suffice.
+        EngineError: a device's memory does not suffice.
     """
-    _build(_Check(file), config)  # all that can be refused, before gigabytes are read
     # Together they compile more quickly than one by one.
     matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
-    device.prepare([repack_kernel(codec_of(info.quant, info.name)) for info in matrices])
-    return _build(_Loader(device, file, progress), config)
+    kernels = [repack_kernel(codec_of(info.quant, info.name)) for info in matrices]
+    total = sum(info.n_bytes for info in file.tensors.values())
+    if config.tied_output and len(devices) > 1:
+        total += file.tensors[_EMBEDDING].n_bytes
+    loader = _Loader(file, total, progress)
+    weights: list[Weights] = []
+    for device, layers in zip(devices, shares, strict=True):
+        device.prepare(kernels)
+        loader.use(device)
+        factors = weights[0].rope_factors if weights else _rope_factors(loader, config)
+        weights.append(_build(loader, config, layers, factors))
+    return weights
 
 
-def _build(loader: _Take, config: ModelConfig) -> Weights:
+def _rope_factors(loader: _Take, config: ModelConfig) -> Float32 | None:
+    return loader.floats("rope_freqs", config.rope.dim // 2) if config.rope.llama3 else None
+
+
+def _build(loader: _Take, config: ModelConfig, layers: range, factors: Float32 | None) -> Weights:
+    """The share of the device that has these layers."""
     embd, vocab = config.n_embd, config.n_vocab
-    embedding = loader.matrix("token_embd", embd, vocab)
-    layers = tuple(_layer(loader, config, f"blk.{layer}.") for layer in range(config.n_layer))
-    output_norm = loader.vector("output_norm", embd)
-    output = embedding if config.tied_output else loader.matrix("output", embd, vocab)
-    factors = loader.floats("rope_freqs", config.rope.dim // 2) if config.rope.llama3 else None
-    loader.finish()
-    return Weights(embedding, layers, output_norm, output, factors)
+    embedding = loader.matrix("token_embd", embd, vocab) if layers.start == 0 else None
+    loaded = tuple(_layer(loader, config, f"blk.{layer}.") for layer in layers)
+    output = None
+    if layers.stop == config.n_layer:
+        norm = loader.vector("output_norm", embd)
+        if not config.tied_output:
+            output = OutputWeights(norm, loader.matrix("output", embd, vocab))
+        else:
+            output = OutputWeights(norm, embedding or loader.matrix("token_embd", embd, vocab))
+    return Weights(embedding, loaded, output, factors)
 
 
 def _layer(loader: _Take, config: ModelConfig, prefix: str) -> LayerWeights:
@@ -174,17 +214,19 @@ class _Check(_Take):
 
 
 class _Loader(_Take):
-    """Copies tensors to a device."""
+    """Copies tensors to the device that it is told to use. total: bytes to copy in all."""
 
-    def __init__(self, device: Device, file: GGUFFile, progress: Progress) -> None:
+    def __init__(self, file: GGUFFile, total: int, progress: Progress) -> None:
         super().__init__(file)
         self._file = file
-        self._device = device
         self._progress = progress
-        self._total = sum(info.n_bytes for info in file.tensors.values())
+        self._total = total
         self._done = 0
+
+    def use(self, device: Device) -> None:
+        self._device = device
         # Raw blocks of one tensor at a time.
-        self._source = device.empty((max(info.n_bytes for info in file.tensors.values()),), np.uint8)
+        self._source = device.empty((max(info.n_bytes for info in self._file.tensors.values()),), np.uint8)
 
     def matrix(self, name: str, *shape: int) -> Tiles:
         info = self._take(name, shape)
@@ -211,23 +253,23 @@ class _Loader(_Take):
 
     def _advance(self, info: TensorInfo) -> None:
         self._done += info.n_bytes
-        self._progress(self._done, self._total)
+        self._progress(self._done, self._total, self._device.name)
 
 
 class LoadingLog:
     """Reports progress at most every few seconds, and at the end.
 
     Args:
-        report: called with the share done (0 to 1) and GiB per second.
+        report: called with the share done (0 to 1), GiB per second, and the device's name.
     """
 
-    def __init__(self, report: Callable[[float, float], None], every: float = 2.0) -> None:
+    def __init__(self, report: Callable[[float, float, str], None], every: float = 2.0) -> None:
         self._report = report
         self._every = every
         self._started = self._last = time.monotonic()
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, device: str) -> None:
         now = time.monotonic()
         if now - self._last >= self._every or done == total:
             self._last = now
-            self._report(done / total, done / max(now - self._started, 1e-9) / (1 << 30))
+            self._report(done / total, done / max(now - self._started, 1e-9) / (1 << 30), device)

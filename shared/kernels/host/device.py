@@ -24,12 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import EngineError
-from shared.kernels.device import AnyArray, Argument, Buffer, Graph, Kernel
+from shared.kernels.device import AnyArray, Argument, Buffer, Device, Graph, Kernel
 from shared.kernels.launching import (
     HOST_SOURCES,
     SOURCES,
     StagingArrays,
     check_copy,
+    check_device_copy,
     fingerprint,
     grid_of,
     include_folders,
@@ -131,6 +132,13 @@ class HostDevice:
         check_copy(source, target)
         self._check_recordable(target)
         self._do(lambda: ctypes.memmove(target.ctypes.data, source.address, source.nbytes))
+
+    def copy_to(self, device: Device, target: Buffer, source: Buffer) -> None:
+        assert isinstance(device, HostDevice)
+        check_device_copy(target, source)
+        self._refuse_in_capture("copy to another device")
+        device._refuse_in_capture("copy from another device")
+        ctypes.memmove(target.address, source.address, source.nbytes)
 
     def fill(self, target: Buffer, byte: int) -> None:
         self._do(lambda: ctypes.memset(target.address, byte, target.nbytes))
