@@ -15,10 +15,11 @@ from shared.kernels.device import Argument, Buffer, Device
 from shared.kernels.experts import Groups
 from shared.kernels.weights import Codec, Tiles
 
+THREADS = 256
 COLUMNS = (8, 16, 32, 64)
 """Rows of activations that one work item takes, as compiled."""
 
-_MOST_WARPS = 8
+_WARPS = 8
 _MOST_SHARED = 99 * 1024 - 16
 _MOST_QUANTIZED = 2048
 """Longest rows that are quantized by every block that needs them."""
@@ -63,35 +64,23 @@ def columns_for(n_rows: int) -> int:
     return next((columns for columns in COLUMNS if n_rows <= columns), COLUMNS[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A block of matmul.cu: its warps, stages of a warp's ring, and dynamic shared memory, at most 99 KiB.
+def shared_memory(codecs: Sequence[Codec], columns: int, n_blocks: int, k: int = 0) -> tuple[int, int]:
+    """Stages of a warp's ring, and dynamic shared memory of a block, at most 99 KiB: `Layout` in matmul.cu, and room to
+    quantize rows of k elements.
 
-    At few rows blocks are as small as they can be: no more warps than share a tile, but at least 4, and no more stages
-    than a warp has superblocks. So they spread evenly, and blocks of the next kernels find room beside them.
+    At few rows a ring has no more stages than a warp has superblocks, so that blocks of later kernels find room too.
+
+    Args:
+        n_blocks: the most superblocks of a warp. k: 0 where rows are quantized already.
     """
-
-    warps: int
-    stages: int
-    shared: int
-
-    @classmethod
-    def of(cls, codecs: Sequence[Codec], columns: int, joined: int, n_blocks: int, k: int = 0) -> Block:
-        """See `Layout` in matmul.cu.
-
-        Args:
-            joined: warps that work on the same outputs. n_blocks: the most superblocks of a warp.
-            k: elements of the rows that a block quantizes, 0 where they are quantized already.
-        """
-        few = columns == COLUMNS[0]
-        warps = 4 if few and joined <= 4 else _MOST_WARPS
-        stage = 16 * max(codec.bytes for codec in codecs)
-        rest = 2 * columns * 4 + (4 * 32 * 4 if few else 0)
-        most = (_MOST_SHARED - (_rounded_bytes(_MOST_QUANTIZED) if k else 0)) // _MOST_WARPS - rest
-        stages = min(6, max(2, most // stage))
-        if few:
-            stages = min(stages, n_blocks)
-        return cls(warps, stages, warps * (stages * stage + rest) + _rounded_bytes(k))
+    stage = _WARPS * 16 * max(codec.bytes for codec in codecs)
+    few = columns == COLUMNS[0]
+    rows, sums = _WARPS * 2 * columns * 4, _WARPS * 4 * 32 * 4 if few else 0
+    rest = _MOST_SHARED - rows - sums - (_rounded_bytes(_MOST_QUANTIZED) if k else 0)
+    stages = min(6, max(2, rest // stage))
+    if few:
+        stages = min(stages, n_blocks)
+    return stages, stages * stage + rows + sums + _rounded_bytes(k)
 
 
 def _rounded_bytes(k: int) -> int:
@@ -140,26 +129,25 @@ def matmul(
     splits = n_splits(tiles * max(1, n_used), min(matrix.n_blocks for matrix in matrices), 8)
     kernel = device.kernel("matmul.cu", matmul_name(matrices, rows.rows_per_group, x is None))
     k = matrices[0].k
-    block = Block.of(
+    stages, shared = shared_memory(
         [matrix.codec for matrix in matrices],
         rows.rows_per_group,
-        splits,
         max(ceil(matrix.n_blocks / splits) for matrix in matrices),
         k if x is None else 0,
     )
     activations = (x.q, x.scale, x.sums) if x is not None else (None, None, None)
     device.launch(
         kernel,
-        (ceil(tiles * splits / block.warps), rows.max_groups),
-        32 * block.warps,
+        (ceil(tiles * splits / _WARPS), rows.max_groups),
+        THREADS,
         [
             *_rows(rows),
             1.0,
             *(*activations, floats, k),
             *(*first, *more[0], *more[1]),
-            *(splits.bit_length() - 1, block.stages, out, sum(matrix.n_rows for matrix in matrices)),
+            *(splits.bit_length() - 1, stages, out, sum(matrix.n_rows for matrix in matrices)),
         ],
-        block.shared,
+        shared,
     )
 
 
@@ -182,18 +170,18 @@ def gate_up(
     splits = n_splits(2 * tiles * max(1, n_used), min(gate.n_blocks, up.n_blocks), 4)
     kernel = device.kernel("matmul.cu", gate_up_name(gate, up, rows.rows_per_group))
     n_blocks = ceil(max(gate.n_blocks, up.n_blocks) / splits)
-    block = Block.of([gate.codec, up.codec], rows.rows_per_group, 2 * splits, n_blocks)
+    stages, shared = shared_memory([gate.codec, up.codec], rows.rows_per_group, n_blocks)
     device.launch(
         kernel,
-        (ceil(2 * tiles * splits / block.warps), rows.max_groups),
-        32 * block.warps,
+        (ceil(2 * tiles * splits / _WARPS), rows.max_groups),
+        THREADS,
         [
             *_rows(rows),
             1.0 / max(1, n_used),
             *(x.q, x.scale, x.sums, floats, gate.k),
-            *(gate.buffer, up.buffer, gate.n_rows, splits.bit_length() - 1, block.stages, out, gate.n_rows),
+            *(gate.buffer, up.buffer, gate.n_rows, splits.bit_length() - 1, stages, out, gate.n_rows),
         ],
-        block.shared,
+        shared,
     )
 
 

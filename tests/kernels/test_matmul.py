@@ -12,7 +12,6 @@ from shared.kernels.device import Device
 from shared.kernels.experts import Groups
 from shared.kernels.matmul import (
     COLUMNS,
-    Block,
     ExpertRows,
     PlainRows,
     can_quantize,
@@ -22,6 +21,7 @@ from shared.kernels.matmul import (
     matmul,
     matmul_name,
     n_splits,
+    shared_memory,
 )
 from shared.kernels.norm import quantize
 from shared.kernels.weights import CODECS, Tiles, codec_of, repack
@@ -232,8 +232,8 @@ def test_rows_quantized_on_the_way_give_the_same_bits(device: Device, quant: Qua
 def test_every_instance_fits_every_gpu() -> None:
     """No block asks for more shared memory than the smallest GPU gives one: 99 KiB."""
     for codec in CODECS.values():
-        assert all(Block.of([codec], columns, 8, 16).shared + 16 <= 99 * 1024 for columns in COLUMNS)
-        assert codec.dense or Block.of([codec], 8, 8, 16, 2048).shared + 16 <= 99 * 1024
+        assert all(shared_memory([codec], columns, 16)[1] <= 99 * 1024 for columns in COLUMNS)
+        assert codec.dense or shared_memory([codec], 8, 16, 2048)[1] <= 99 * 1024
 
 
 def test_how_a_row_is_split_follows_from_the_shape() -> None:

@@ -151,17 +151,16 @@ DEVICE void wait_for_previous() {
 }
 
 // A word for kernels that run already, and who takes it. What the publishing thread wrote before, or saw written before
-// a barrier, is there for whoever has seen the word and calls acquire, and after a barrier for the rest of its block.
-// Kernels start in order, each when all blocks of the one before it have started, so who is waited for is running.
+// a barrier, is there for whoever has seen the word. Kernels start in order, each when all blocks of the one before it
+// have started, so who is waited for is running.
 DEVICE void publish(uint64_t* word, uint64_t x) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(x) : "memory");
 }
 DEVICE uint64_t published(const uint64_t* word) {
   uint64_t x;
-  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(word) : "memory");
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(word) : "memory");
   return x;
 }
-DEVICE void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Called where `published` has not yet shown what is waited for.
 DEVICE void not_yet() {}
 

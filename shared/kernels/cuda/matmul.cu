@@ -19,9 +19,8 @@
 // known before wait_for_previous: the number of rows of a plain matrix is one of the pass's inputs, groups are
 // published. So weights are under way while the kernels before still run.
 //
-// Launch: grid (sets of tiles, groups), blocks of 8 or 4 warps = n_splits * tiles; the fewer, the more evenly they spread
-// over multiprocessors, and the more of the next kernel's fit beside them. Code is kept small: a launch fetches it anew,
-// and at one row instructions cost as much time as the work.
+// Launch: grid (sets of tiles, groups), blocks of 256 threads, 8 warps = n_splits * tiles. Code is kept small: a launch
+// fetches it anew, and at one row instructions cost as much time as the work.
 #include "activations.cuh"
 #include "codecs/all.cuh"
 
@@ -34,7 +33,7 @@ struct Same<A, A> {
   static constexpr bool value = true;
 };
 
-static constexpr int kMostWarps = 8;
+static constexpr int kWarps = 8;
 // What a block gets on every GPU from compute capability 8.0 on, less a word of static shared memory, and what rounding
 // rows of 2048 elements takes of it.
 static constexpr int kMostShared = 99 * 1024 - 16;
@@ -45,15 +44,14 @@ struct Layout {
   static constexpr int kTiles = kColumns / 8;
   static constexpr int kMax01 = C0::kBytes > C1::kBytes ? C0::kBytes : C1::kBytes;
   static constexpr int kStageBytes = 16 * (kMax01 > C2::kBytes ? kMax01 : C2::kBytes);
-  // Of a warp.
-  static constexpr int kRows = 2 * kColumns * 4;
-  static constexpr int kSums = kTiles * 4 * 32 * 4;
+  static constexpr int kRows = kWarps * 2 * kColumns * 4;
+  static constexpr int kSums = kWarps * kTiles * 4 * 32 * 4;
   // With more columns the sums take the ring's place when it is done.
   static constexpr bool kOverlay = kTiles > 1;
-  static constexpr int kRest = (kMostShared - (kQuantize ? kMostRounded : 0)) / kMostWarps - kRows - (kOverlay ? 0 : kSums);
-  static constexpr int kFit = kRest / kStageBytes;
+  static constexpr int kRest = kMostShared - kRows - (kOverlay ? 0 : kSums) - (kQuantize ? kMostRounded : 0);
+  static constexpr int kFit = kRest / (kWarps * kStageBytes);
   static constexpr int kStages = kFit < 2 ? 2 : kFit > 6 ? 6 : kFit;
-  static_assert(!kOverlay || kSums <= kStages * kStageBytes, "the sums do not fit the ring");
+  static_assert(!kOverlay || kSums <= kWarps * kStages * kStageBytes, "the sums do not fit the ring");
 };
 
 struct Inputs {
@@ -266,7 +264,7 @@ struct Matrices {
   MEMBER int offset(int matrix) const { return kGateUp || matrix == 0 ? 0 : matrix == 1 ? rows0 : rows0 + rows1; }
   // Which matrix and tile slot `slot` of a block is; matrix -1: none.
   MEMBER void find(int slot, int& matrix, int& tile) const {
-    const int slots_shift = (blockDim.x == 256 ? 3 : 2) - split_shift;
+    const int slots_shift = 3 - split_shift;
     if constexpr (kGateUp) {
       matrix = slot & 1;
       tile = (blockIdx.x << (slots_shift - 1)) + (slot >> 1);
@@ -342,7 +340,7 @@ DEVICE void quantize_columns(Inputs& in, const int* rows, int count, uint8_t* sh
 #pragma unroll 1
   for (int c = 0; c < count; ++c)
 #pragma unroll 1
-    for (int block = warp; block < n_blocks; block += blockDim.x / 32) {
+    for (int block = warp; block < n_blocks; block += kWarps) {
       const int first = block * 256 + lane * 8, at = c * n_blocks + block;
       float x[8] = {};
       if (first < in.k) load_floats(in.x + static_cast<uint32_t>(rows[c] * in.k + first), x);
@@ -365,12 +363,11 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
   const int slot = warp >> split_shift, split = warp & (n_splits - 1);
   const int ring_bytes = stages * L::kStageBytes;
   uint8_t* ring = shared + warp * ring_bytes;
-  const int n_warps = blockDim.x / 32;
-  uint8_t* beyond = shared + n_warps * ring_bytes;
+  uint8_t* beyond = shared + kWarps * ring_bytes;
   int* targets = reinterpret_cast<int*>(beyond) + warp * 2 * kColumns;
   int* rows = targets + kColumns;
-  float* sums = reinterpret_cast<float*>(L::kOverlay ? shared : beyond + n_warps * L::kRows);
-  uint8_t* rounded = beyond + n_warps * (L::kRows + (L::kOverlay ? 0 : L::kSums));
+  float* sums = reinterpret_cast<float*>(L::kOverlay ? shared : beyond + L::kRows);
+  uint8_t* rounded = beyond + L::kRows + (L::kOverlay ? 0 : L::kSums);
   const int group = blockIdx.y;
   int matrix, tile;
   matrices.find(slot, matrix, tile);
@@ -385,13 +382,12 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
       uint64_t word;
       while (static_cast<uint32_t>(word = published(pairs.groups + group)) != pass) not_yet();
       described = static_cast<int>(word >> 32);
-      // A pair alone needs no list.
-      if ((described & 127) > 1) acquire();
     }
     sync_block();
     count = described & 127;
     expert = described >> 7 & 511;
     front = described >> 16;
+    // A pair alone needs no list.
     own = count > 1 ? pairs.pairs[own] : front;
   } else {
     count = min_(kColumns, pairs.number[0] - group * kColumns);
@@ -514,7 +510,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
 
 // out[p, :] = the rows of up to three matrices below each other (those not used: null, 0 rows) times activations.
 template <class C0, class C1, class C2, int kColumns, bool kQuantize>
-KERNEL(256, kColumns > 32 ? 1 : 2)
+KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
 matmul(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q, const float* scale,
        const int16_t* sums, const float* x, int k, const uint8_t* w0, int rows0, const uint8_t* w1, int rows1,
        const uint8_t* w2, int rows2, int split_shift, int stages, float* out, int out_stride) {
@@ -525,7 +521,7 @@ matmul(const int* number, const uint64_t* groups, const int* pairs, float per_ro
 
 // out[p, :] = silu(gate x) * (up x).
 template <class CGate, class CUp, int kColumns>
-KERNEL(256, kColumns > 32 ? 1 : 2)
+KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
 gate_up(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q,
         const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up,
         int rows, int split_shift, int stages, float* out, int out_stride) {

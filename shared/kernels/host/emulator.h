@@ -604,7 +604,6 @@ DEVICE void launch_next() {}
 DEVICE void wait_for_previous() {}
 DEVICE void publish(uint64_t* word, uint64_t x) { *word = x; }
 DEVICE uint64_t published(const uint64_t* word) { return *word; }
-DEVICE void acquire() {}
 // Launches run one after the other: what is not there yet will never be.
 DEVICE void not_yet(EMULATOR_PLACE) { emulator::fail_at({"not_yet", file, line}, "no launch has published the word"); }
 
