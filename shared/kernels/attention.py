@@ -147,35 +147,38 @@ def whole_work(tiles: Sequence[Tile]) -> Int32:
     return work
 
 
-def split_work(tiles: Sequence[Tile], pages: Int32, group: int, n_rows: int) -> tuple[Int32, Int32]:
+def split_work(tiles: Sequence[Tile], pages: Int32, group: int, items: Int32, heads: Int32) -> int:
     """What `attend_splits` does, and where `merge_splits` finds its results.
 
     Args:
         pages: [slots, pages of a slot].
         group: query heads per key-value head.
-        n_rows: of the step.
+        items: [at least the tiles' splits, WORK_INTS], written: each split of each tile in turn: the tile, but instead
+            of the slot the split's index, and then the two pages of its keys (0: none).
+        heads: [n_rows * group], written: of each head of a row's groups, TILE_ROWS * its tile's first item + its place
+            in the tile; -1: in no tile.
 
     Returns:
-        [items, WORK_INTS]: each split of each tile in turn: the tile, but instead of the slot the split's index, and
-        then the two pages of its keys (0: none).
-        [n_rows, group]: of each head of a row's groups, TILE_ROWS * its tile's first item + its place in the tile; -1:
-        in no tile.
+        How many items there are.
     """
-    items = np.zeros((sum(tile.n_splits for tile in tiles), WORK_INTS), np.int32)
-    heads = np.full(n_rows * group, -1, np.int32)
-    at = 0
-    for tile in tiles:
-        n = tile.n_splits
-        part, held = items[at : at + n], pages[tile.slot]
-        part[:, :6] = np.array(tile, np.int32)
-        part[:, 5] = np.arange(n)
-        part[:, 6] = held[0 : 2 * n : 2]
-        second = held[1 : 2 * n : 2]
-        part[: len(second), 7] = second
-        head = tile.row * group + tile.first
-        heads[head : head + tile.n_heads] = np.arange(TILE_ROWS * at, TILE_ROWS * at + tile.n_heads)
-        at += n
-    return items, heads.reshape(n_rows, group)
+    heads[:] = -1
+    before, slot, at = items[:0], -1, 0
+    for row, first, n_heads, start, last, own_slot in tiles:
+        n = last // SPLIT_KEYS + 1
+        part = items[at : at + n]
+        if own_slot == slot and n == len(before):
+            part[:, 5:] = before[:, 5:]
+        else:
+            held = pages[own_slot, : 2 * n]
+            part[:, 5] = np.arange(n)
+            part[:, 6] = held[::2]
+            part[-1, 7] = 0  # which has a second page or not
+            part[: len(held) // 2, 7] = held[1::2]
+        part[:, :5] = row, first, n_heads, start, last
+        head = row * group + first
+        heads[head : head + n_heads] = range(TILE_ROWS * at, TILE_ROWS * at + n_heads)
+        before, slot, at = part, own_slot, at + n
+    return at
 
 
 def n_splits(n_keys: int) -> int:

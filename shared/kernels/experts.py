@@ -81,18 +81,17 @@ class Groups:
 class Handover:
     """How the blocks of `norm_scores_select` hand over their scores; between launches always as `empty` made it.
 
-    scores: uint32 [rows, n_expert], all 0xffffffff. counter: int32 [1], 0.
+    scores: uint32 [rows, n_expert], all 0xffffffff.
     """
 
     scores: Buffer
-    counter: Buffer
 
     @classmethod
     def empty(cls, device: Device, max_rows: int, n_expert: int) -> Handover:
         """For steps of up to `max_rows` rows, of which FEW_ROWS are enough."""
         scores = device.empty((min(max_rows, FEW_ROWS), n_expert), "uint32")
         device.fill(scores, 0xFF)
-        return cls(scores=scores, counter=device.zeros((1,), "int32"))
+        return cls(scores)
 
 
 def expert_scores_name(max_rows: int) -> str:
@@ -208,11 +207,10 @@ def norm_scores_select(
                 int(normalize),
                 float(expert_scale),
                 handover.scores,
-                handover.counter,
             ),
             *(ids, weights, *_table(groups)),
         ],
-        max(4 * rows * (n_embd + _WARPS) + 4 * experts * early + 16, _few_rows_bytes(n_expert, n_used, max_rows)),
+        max(4 * rows * (n_embd + _WARPS) + 4 * experts * early, _few_rows_bytes(n_expert, n_used, max_rows)),
     )
 
 

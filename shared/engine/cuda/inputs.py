@@ -59,6 +59,7 @@ class Inputs:
         self.host = device.staging((int(starts[-1]),), np.int32)
         self.buffer = device.zeros(self.host.shape, np.int32)
         self._host = [self.host[a : a + n] for a, n in zip(starts[:-1].tolist(), sizes, strict=True)]
+        self._items = self._host[6].reshape(work, WORK_INTS)
         views = [self.buffer.view(4 * a, (n,)) for a, n in zip(starts[:-1].tolist(), sizes, strict=True)]
         self.step, self.tokens, self.positions, self.cells, self.out_rows, heads, items = views
         self.query = Query(
@@ -80,29 +81,28 @@ class Inputs:
 
         pages: the page table, with the pages that the batch writes. number: the pass's, from 1 on.
         """
-        header, tokens, positions, cells, out_rows, heads, work = self._host
+        header, tokens, positions, cells, out_rows, heads, _ = self._host
         at = n_out = 0
         spans: list[Span] = []
-        slots: list[int] = []
         for chunk in chunks:
-            n = len(chunk.tokens)
+            n, start, rows = len(chunk.tokens), chunk.start, chunk.rows
             tokens[at : at + n] = chunk.tokens
-            positions[at : at + n] = np.arange(chunk.start, chunk.start + n)
-            out_rows[n_out : n_out + chunk.rows] = np.arange(at + n - chunk.rows, at + n)
-            spans.append(Span(at, n, chunk.start, chunk.slot))
-            slots += [chunk.slot] * n
+            placed = np.arange(start, start + n, dtype=np.int32)
+            positions[at : at + n] = placed
+            cells[at : at + n] = pages[chunk.slot].take(placed // PAGE_TOKENS) * PAGE_TOKENS + placed % PAGE_TOKENS
+            spans.append(Span(at, n, start, chunk.slot))
             at += n
-            n_out += chunk.rows
-        placed = positions[:at]
-        cells[:at] = pages[slots, placed // PAGE_TOKENS] * PAGE_TOKENS + placed % PAGE_TOKENS
+            if rows:
+                out_rows[n_out : n_out + rows] = range(at - rows, at)
+                n_out += rows
         tiles = plan_tiles(spans, self._group)
         if self._split:
-            if sum(tile.n_splits for tile in tiles) * WORK_INTS > len(work):
+            if sum(tile.n_splits for tile in tiles) > len(self._items):
                 return False
-            planned, places = split_work(tiles, pages, self._group, at)
-            heads[: places.size] = places.ravel()
+            n_work = split_work(tiles, pages, self._group, self._items, heads[: at * self._group])
         else:
             planned = whole_work(tiles)
-        work[: planned.size] = planned.ravel()
-        header[:4] = at, n_out, len(planned), number
+            n_work = len(planned)
+            self._items[:n_work] = planned
+        header[:4] = at, n_out, n_work, number
         return True

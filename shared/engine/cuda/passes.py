@@ -122,6 +122,8 @@ class Passes:
         self._passes: dict[tuple[int, int, bool, bool], Pass] = {}
         self._chains: dict[int, _Chain] = {}
         self._number = 0
+        # Whether all that passes were asked for is known to be done.
+        self._idle = True
         self._heads: dict[int, _Head] = {}
 
     @staticmethod
@@ -144,7 +146,7 @@ class Passes:
 
     def close(self) -> None:
         """Let go of the recorded passes, which know this object: with it all memory goes."""
-        self._synchronize()
+        self.wait()
         self._passes.clear()
 
     def write_pages(self, table: PageNumbers) -> None:
@@ -160,8 +162,9 @@ class Passes:
     def run(self, chunks: Sequence[Chunk], pages: PageNumbers) -> Pass:
         """Start a pass over a batch that has been checked, with the page table that has room for it."""
         # The last pass may still be reading its inputs.
-        self._synchronize()
+        self.wait()
         chosen = self._fill(chunks, pages, False)
+        self._idle = False
         chosen.start()
         return chosen
 
@@ -172,7 +175,8 @@ class Passes:
 
         On one device only: what is chosen at a pass's end is embedded at the next one's start.
         """
-        self._synchronize()
+        self.wait()
+        self._idle = False
         chain = self._chain(capacity(len(chunks), self._n_slots))
         for row, (chunk, p) in enumerate(zip(chunks, params, strict=True)):
             position = chunk.start + len(chunk.tokens)
@@ -186,7 +190,7 @@ class Passes:
             chunks = [Chunk(chunk.slot, chunk.start + len(chunk.tokens), fed, 1) for chunk in chunks]
         self.device.read(chain.host_history, chain.history)
         self.device.read(chain.host_confidences, chain.confidences)
-        self.device.synchronize()
+        self.wait()
         rows = len(chunks)
         return Proposed(chain.host_history[:n, :rows].T.copy(), chain.host_confidences[:n, :rows].T.copy())
 
@@ -217,7 +221,7 @@ class Passes:
     def _next_number(self) -> int:
         """The next pass's number, which no groups of experts in memory have."""
         if self._number == _MOST_NUMBER:
-            self._synchronize()
+            self.wait()
             for stage in self._stages:
                 stage.forget_groups()
             self._number = 0
@@ -244,9 +248,13 @@ class Passes:
             self._chains[rows] = _Chain(self.device, rows)
         return self._chains[rows]
 
-    def _synchronize(self) -> None:
+    def wait(self) -> None:
+        """Until all passes are done."""
+        if self._idle:
+            return
         for stage in self._stages:
             stage.device.synchronize()
+        self._idle = True
 
 
 class Stage:
@@ -696,7 +704,7 @@ class Pass:
             part.start()
 
     def leaders(self) -> tuple[Int32, Float32, npt.NDArray[np.float64]]:
-        self._passes.device.synchronize()
+        self._passes.wait()
         if self._wanted is None:
             return np.empty((0, head.TOP), np.int32), np.empty((0, head.TOP), np.float32), np.empty(0, np.float64)
         return self._wanted.host_ids, self._wanted.host_values, self._wanted.host_log_sums

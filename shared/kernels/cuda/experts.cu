@@ -312,17 +312,17 @@ struct FewRows {
 // Grid (ceil(n_expert / kExperts) + 1, ceil(max_rows / kRows)), kThreads threads. Each block computes the norm of its
 // kRows rows. The last of blockIdx.x writes them: x_out = x + part, not into x, which others still read, and h (null
 // where not wanted), q, scale, sums. The others hold h in shared memory and compute a warp each the scores of kExperts
-// experts. The last one of these to begin, as `counter` says, waits for all scores, selects and groups.
+// experts. The last block of all, which has only written, waits for all scores, selects and groups.
 //
 // Scores are handed over in `handed` [rows, n_expert], all kNotYet between launches: a score that is there shows, so
-// that neither fences nor a second counter are needed, and who takes it puts kNotYet back. Who waits has begun last, so
-// all that it waits for are running. `counter` is 0 between launches.
+// that neither fences nor a counter are needed, and who takes it puts kNotYet back. One block waits, and none waits for
+// it, so that all that it waits for come to run.
 //
 // The first n_early (n_embd, or a multiple of 128) weights of each expert are copied into shared memory before the
 // kernel waits for earlier ones.
 //
-// Dynamic shared memory: 4 * kRows * (n_embd + kWarps) + 4 * kExperts * n_early + 16 bytes, or what FewRows needs if
-// that is more.
+// Dynamic shared memory: 4 * kRows * (n_embd + kWarps) + 4 * kExperts * n_early bytes, or what FewRows needs if that is
+// more.
 static constexpr uint32_t kNotYet = 0xffffffffu;  // a NaN that no score is
 // The narrow rows of which all weights are copied early, so that there is no code for more: n_early == n_embd.
 constexpr bool all_early(int rounds, int experts) { return rounds == 1 || (rounds == 2 && experts == 4); }
@@ -332,17 +332,16 @@ KERNEL(kThreads, kRounds == 1 ? 2 : 1)
 norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, const float* part,
                    const float* norm_weight, float eps, int n_embd, float* h, int8_t* q, float* scale, int16_t* sums,
                    const float* weight, int n_early, int n_expert, int n_used, int normalize, float expert_scale,
-                   uint32_t* handed, int* counter, int* ids, float* weights, int group_shift, int max_groups,
-                   int* pairs, uint64_t* words) {
+                   uint32_t* handed, int* ids, float* weights, int group_shift, int max_groups, int* pairs,
+                   uint64_t* words) {
   launch_next();
   static constexpr bool kAllEarly = all_early(kRounds, kExperts);
   if (kAllEarly) n_early = n_embd;
   DYNAMIC_SHARED(shared);
   float* own_h = reinterpret_cast<float*>(shared);  // [kRows, n_embd]
   float* warp_sums = own_h + kRows * n_embd;        // [kRows, kWarps]
-  int* is_last = reinterpret_cast<int*>(warp_sums + kRows * kWarps);
-  float* early = warp_sums + kRows * kWarps + 4;  // [kExperts, n_early]
-  int thread = threadIdx.x, lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
+  float* early = warp_sums + kRows * kWarps;        // [kExperts, n_early]
+  int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
   bool writes = blockIdx.x == gridDim.x - 1;
   int expert = blockIdx.x * kExperts + warp;
   bool multiplies = !writes && warp < kExperts && expert < n_expert;
@@ -372,7 +371,6 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
 
   int n_all = step[0];
   int first_row = blockIdx.y * kRows;
-  int n_before = 0;
   // Rows whose loads are under way together; with kRows of them, their values stay in registers.
   static constexpr int kAhead = kRounds * kRows <= 4 ? kRows : kRounds <= 2 ? 2 : 1;
   float values[kAhead][kRounds][8];
@@ -386,8 +384,6 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
       place.load(x + at, values[r]);
       place.load(part + at, added[r]);
     }
-    // After loads are under way: compilers gather what a warp adds, so that the result is waited for here.
-    if (first == 0 && thread == 0 && !writes) n_before = atomicAdd(counter, 1);
 #pragma unroll
     for (int r = 0; r < kAhead; r++) {
 #pragma unroll
@@ -397,10 +393,6 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
       if (kAhead < kRows) place.store(own_h + (first + r) * n_embd, values[r]);
       sum_squares(values[r], warp_sums + (first + r) * kWarps);
     }
-  }
-  if (thread == 0 && !writes) {
-    *is_last = n_before == static_cast<int>((gridDim.x - 1) * gridDim.y) - 1;
-    if (*is_last) *counter = 0;
   }
   if (kRounds > kEarlyRounds) place.load(norm_weight, norm_weights);
   n_all = uniform(n_all);
@@ -416,7 +408,7 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
       place.clear_beyond(own);
     }
     uint32_t row = first_row + r;
-    if (writes && r >= n_rows) return;
+    if (writes && r >= n_rows) break;
     if (writes) place.store(x_out + row * n_embd, own);
     scale_row(own, inverse_norm(warp_sums + r * kWarps, n_embd, eps), norm_weights);
     // The barrier below separates it from what other threads read of it.
@@ -427,7 +419,6 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
       place.quantize(own, warp, row, q, scale, sums);
     }
   }
-  if (writes) return;
   sync_block();
 
   if (multiplies && n_rows > 0) {
@@ -471,9 +462,8 @@ norm_scores_select(const int* step, int max_rows, const float* x, float* x_out, 
         *static_cast<volatile uint32_t*>(handed + static_cast<uint32_t>((first_row + r) * n_expert + expert)) = bits;
     }
   }
-  bool last = uniform(*is_last);
-  if (!last) return;
-  sync_block();  // shared memory is used anew
+  if (!writes || blockIdx.y + 1 < gridDim.y) return;
+  // Shared memory is used anew; the barrier above separates it from what it was used for.
 
   FewRows<kPerLane> few(shared, n_expert, n_used);
   // Scores of a thread that are under way together: all of 128 experts.
