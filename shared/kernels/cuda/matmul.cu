@@ -510,7 +510,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
 
 // out[p, :] = the rows of up to three matrices below each other (those not used: null, 0 rows) times activations.
 template <class C0, class C1, class C2, int kColumns, bool kQuantize>
-KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
+KERNEL(256, kColumns > 32 ? 1 : 2)
 matmul(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q, const float* scale,
        const int16_t* sums, const float* x, int k, const uint8_t* w0, int rows0, const uint8_t* w1, int rows1,
        const uint8_t* w2, int rows2, int split_shift, int stages, float* out, int out_stride) {
@@ -521,7 +521,7 @@ matmul(const int* number, const uint64_t* groups, const int* pairs, float per_ro
 
 // out[p, :] = silu(gate x) * (up x).
 template <class CGate, class CUp, int kColumns>
-KERNEL(256, kColumns > 32 ? 1 : kColumns > 8 ? 2 : 3)
+KERNEL(256, kColumns > 32 ? 1 : 2)
 gate_up(const int* number, const uint64_t* groups, const int* pairs, float per_row, const int8_t* q,
         const float* scale, const int16_t* sums, const float* x, int k, const uint8_t* gate, const uint8_t* up,
         int rows, int split_shift, int stages, float* out, int out_stride) {
