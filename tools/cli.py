@@ -354,6 +354,56 @@ def perplexity_command(
         print("\n".join(perplexity_lines(result)))
 
 
+@app.command("estimate")
+def estimate_command(
+    target_tps: Annotated[
+        float, typer.Option("--target-tps", metavar="T/S", help="Tokens/s of the target, decoding plainly.")
+    ],
+    draft_tps: Annotated[float, typer.Option("--draft-tps", metavar="T/S", help="Tokens/s of the draft by itself.")],
+    acceptance: Annotated[
+        str,
+        typer.Option(
+            "--acceptance",
+            metavar="P|LIST",
+            help="Probability that a proposal is accepted, 0 to 1; or, for depth 1, 2, ..., accepted / verified.",
+        ),
+    ],
+    rtt: Annotated[
+        float, typer.Option("--rtt", metavar="MS", help="Milliseconds from verifier to draft worker and back.")
+    ] = 0.3,
+    slope: Annotated[
+        float, typer.Option("--slope", help="What each further row of a step costs, relative to the first.")
+    ] = 0.39,
+    n_max: Annotated[int, typer.Option("--n-max", help="Most proposals a step.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Predict what speculation brings, from two models' speeds.
+
+    A step that verifies n proposals takes (1 + slope n) / target-tps seconds; of the slope, `draftwire bench engine`
+    shows what it is, 0.39 having been measured with experts in RAM. One session, each model on a machine of its own.
+
+    \b
+    sequential  draft n tokens, send them, verify them, and so on in turn
+    overlapped  the draft goes on while the target verifies, which decodes plainly until proposals are there;
+                so does this server
+    waiting     the same, but a step waits until it has n proposals
+    ideal       overlapped, if a refused proposal cost the draft no time: the limit
+
+    \b
+    Examples:
+      draftwire estimate --target-tps 6.25 --draft-tps 100 --acceptance 0.85
+      draftwire estimate --target-tps 6.25 --draft-tps 100 --acceptance 0.86,0.75,0.69,0.60 --rtt 2
+      draftwire estimate --target-tps 20 --draft-tps 60 --acceptance 0.7 --slope 0.2 --json | jq .best
+    """
+    from tools.estimate import estimate, estimate_json, parse_speculation, print_estimate
+
+    result = estimate(parse_speculation(target_tps, draft_tps, acceptance, rtt, slope), n_max)
+    if as_json:
+        print(json.dumps(estimate_json(result), indent=2))
+    else:
+        print_estimate(result)
+
+
 @bench_app.callback()
 def bench() -> None:
     """Measure an engine, or the pipeline.
