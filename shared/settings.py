@@ -81,7 +81,7 @@ class DraftSettings:
     """
 
     drafter: DrafterKind = "model"
-    engine: EngineSettings = field(default_factory=lambda: EngineSettings(model="embedded:draft"))
+    engine: EngineSettings = field(default_factory=lambda: EngineSettings(model="embedded:draft", role="draft"))
     q_top_k: Annotated[int, Range(1, 1024)] = 64
 
 

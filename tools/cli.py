@@ -252,7 +252,9 @@ def demo(
     draft: Annotated[str, typer.Option("--draft", metavar="none|model|ngram", help="Who drafts.")] = "model",
     engine: Annotated[
         str,
-        typer.Option("--engine", metavar="auto|ik|numpy|cuda", help="Engine of the target and of the draft model."),
+        typer.Option(
+            "--engine", metavar="auto|ik|numpy|cuda|emulated", help="Engine of the target and of the draft model."
+        ),
     ] = "auto",
     config: ConfigOption = None,
     overrides: SetOption = None,
@@ -485,7 +487,8 @@ def bench_acceptance_command(
 def bench_engine_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, embedded:target or embedded:draft.")],
     engine: Annotated[
-        str | None, typer.Option("--engine", metavar="auto|ik|numpy|cuda", help="Instead of verifier.engine.engine.")
+        str | None,
+        typer.Option("--engine", metavar="auto|ik|numpy|cuda|emulated", help="Instead of verifier.engine.engine."),
     ] = None,
     context: Annotated[
         str,
@@ -517,6 +520,7 @@ def bench_engine_command(
       draftwire bench engine model.gguf --engine numpy --rows 1-8 --repeats 3
       draftwire bench engine model.gguf --context 0,4096 --prefill 512,2048 --set verifier.engine.n_ctx=8192
       draftwire bench engine model.gguf --rows 1,2,4,8,16,32 --json figures.json
+      draftwire bench engine embedded:target --engine emulated --set verifier.engine.profile=ling-1t
     """
     import structlog
 

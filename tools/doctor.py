@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from shared.engine.interface import EngineSettings
 from shared.errors import DraftwireError
 from shared.settings import Settings, load_settings
 from tools.fleet import Gateway, router_status
@@ -167,7 +168,9 @@ def check_models(settings: Settings) -> Iterator[Finding]:
     fingerprints: dict[str, str] = {}
     n_bytes = 0
     for name, engine in wanted.items():
-        if engine.engine == "null":
+        if engine.engine == "emulated":
+            yield check_pace(name, engine)
+        if engine.computing == "null":
             yield Finding(f"model {name}", "OK", "none (null engine)")
             continue
         try:
@@ -176,7 +179,7 @@ def check_models(settings: Settings) -> Iterator[Finding]:
             yield _failed(f"model {name}", error)
             continue
         yield Finding(f"model {name}", "OK", f"{engine.model}: {detail}")
-        if engine.engine == "cuda":
+        if engine.computing == "cuda":
             yield check_devices(name, engine.devices)
         else:
             n_bytes += size
@@ -201,6 +204,21 @@ def check_models(settings: Settings) -> Iterator[Finding]:
         )
     yield check_memory(n_bytes, _available_bytes())
     yield check_cores(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def check_pace(name: str, engine: EngineSettings) -> Finding:
+    """Whether the emulated engine knows how fast to be."""
+    from shared.engine.emulated import find_pace
+
+    try:
+        pace = find_pace(engine)
+    except DraftwireError as error:
+        return _failed(f"pace {name}", error)
+    detail = (
+        f"{pace.first_row_ms:g} ms a pass, {pace.further_row_ms:g} for each further row, "
+        f"prefill {pace.prefill_per_second:g} tokens/s"
+    )
+    return Finding(f"pace {name}", "OK", detail)
 
 
 def check_devices(name: str, devices: Sequence[int]) -> Finding:

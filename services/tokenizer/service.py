@@ -58,7 +58,7 @@ class VocabularyLike(Protocol):
 
 def open_vocabulary(engine: EngineSettings) -> VocabularyLike:
     """The vocabulary of an engine's model. Errors: `ModelError`."""
-    if engine.engine == "null":
+    if engine.computing == "null":
         return NullVocabulary()
     return Vocabulary.open(resolve_model(engine.model))
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from shared.fields import Range
 from shared.sampling.params import SamplingParams
 
 Int32 = npt.NDArray[np.int32]
@@ -21,10 +22,24 @@ Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
+class Pace:
+    """What a machine takes for the passes of one model; 0: not given. How a pass's cost follows: `emulated.py`.
+
+    first_row_ms: a pass of one row. further_row_ms: each further row of the same pass.
+    prefill_per_second: tokens of prompts, whose rows are not wanted.
+    """
+
+    first_row_ms: Annotated[float, Range(0, 30_000)] = 0.0
+    further_row_ms: Annotated[float, Range(0, 30_000)] = 0.0
+    prefill_per_second: Annotated[float, Range(0, 1_000_000)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How to build an engine.
 
-    engine: "auto" (ik where installed, else numpy), "ik", "numpy", "cuda" or "null" (benchmarks of the pipeline).
+    engine: "auto" (ik where installed, else numpy), "ik", "numpy", "cuda"; for benchmarks of the pipeline "null" or
+        "emulated".
     model: path of a GGUF (the first file of a split one), or "embedded:target" / "embedded:draft".
     n_ctx: tokens per slot; 0 takes the model's own context length, at most 4096.
     n_slots: sequences held at a time.
@@ -35,6 +50,8 @@ class EngineSettings:
     n_gpu_layers, n_cpu_moe, override_tensors ("regex=CPU"): as in llama-server, for CUDA builds of ik.
     devices: GPUs by index, for the cuda engine: the model's layers in this order.
     kv_pages: pages of 64 tokens in the cuda engine's KV pool; 0: enough for n_slots full contexts.
+    inner: the engine that computes inside the emulated one; all other settings are for it too.
+    profile: whose speed is emulated, by name. role: of the profile's two models. pace: numbers in the profile's place.
     """
 
     engine: str = "auto"
@@ -51,6 +68,15 @@ class EngineSettings:
     override_tensors: tuple[str, ...] = field(default=())
     devices: tuple[int, ...] = (0,)
     kv_pages: int = 0
+    inner: str = "auto"
+    profile: str = ""
+    role: Literal["target", "draft"] = "target"
+    pace: Pace = field(default=Pace())
+
+    @property
+    def computing(self) -> str:
+        """The engine that computes: of an emulated one the one inside."""
+        return self.inner if self.engine == "emulated" else self.engine
 
 
 @dataclass(frozen=True, slots=True)

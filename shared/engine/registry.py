@@ -8,9 +8,9 @@ import structlog
 
 from shared.engine.ik import ik_unavailable
 from shared.engine.interface import Engine, EngineSettings
-from shared.errors import EngineError
+from shared.errors import EngineError, SettingsError
 
-ENGINES = ("auto", "ik", "numpy", "cuda", "null")
+ENGINES = ("auto", "ik", "numpy", "cuda", "null", "emulated")
 
 _log = structlog.get_logger(__name__)
 
@@ -34,6 +34,7 @@ def load_engine(settings: EngineSettings) -> Engine:
 
     Raises:
         EngineError: an unknown or unavailable engine, or settings that it refuses.
+        SettingsError: nothing that could be emulated.
         ModelError: the model file is missing, damaged or unsupported.
     """
     name = settings.engine
@@ -61,11 +62,18 @@ def load_engine(settings: EngineSettings) -> Engine:
         from shared.engine.null import NullEngine
 
         return NullEngine(settings)
+    if name == "emulated":
+        from shared.engine.emulated import emulate, find_pace
+
+        pace = find_pace(settings)
+        if settings.inner == "emulated":
+            raise SettingsError("an emulated engine cannot be inside another", "inner must compute")
+        return emulate(load_engine(replace(settings, engine=settings.inner)), pace)
     raise EngineError(f"there is no engine {name!r}", f"use one of {', '.join(ENGINES)}", "unknown_engine")
 
 
 def available_engines() -> list[EngineAvailability]:
-    """Every engine with its state on this machine, in the order of preference; "auto" takes neither cuda nor null."""
+    """Every engine with its state on this machine, in the order of preference; "auto" takes one of the first two."""
     missing = ik_unavailable()
     if missing is None:
         ik = EngineAvailability("ik", True, "ik_llama.cpp: any GGUF architecture, CPU")
@@ -83,4 +91,7 @@ def available_engines() -> list[EngineAvailability]:
         EngineAvailability("numpy", True, "pure NumPy, float32: the reference, slow"),
         cuda,
         EngineAvailability("null", True, "no model: measures the pipeline"),
+        EngineAvailability(
+            "emulated", True, "another engine at the speed of a hardware profile: measures the pipeline"
+        ),
     ]

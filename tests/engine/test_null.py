@@ -102,7 +102,7 @@ def set_gpu(monkeypatch: pytest.MonkeyPatch, missing: EngineError | None) -> Non
 def test_engines_are_loaded_by_name() -> None:
     """A known name gives that engine; an unknown one an error that lists the names."""
     assert load_engine(SETTINGS).info.engine == "null"
-    with pytest.raises(EngineError, match="auto, ik, numpy, cuda, null") as caught:
+    with pytest.raises(EngineError, match="auto, ik, numpy, cuda, null, emulated") as caught:
         load_engine(EngineSettings(engine="cuda9"))
     assert caught.value.code == "unknown_engine"
 
@@ -120,7 +120,7 @@ def test_auto_falls_back_to_numpy_and_says_so(monkeypatch: pytest.MonkeyPatch) -
         ("engine_chosen", "numpy", "the ik engine is not installed")
     ]
     state = {engine.name: engine for engine in available_engines()}
-    assert list(state) == ["ik", "numpy", "cuda", "null"]
+    assert list(state) == ["ik", "numpy", "cuda", "null", "emulated"]
     assert not state["ik"].usable
     assert state["ik"].remedy == "pip install it"
     assert state["numpy"].usable

@@ -296,9 +296,12 @@ def test_ten_thousand_bad_messages_leave_it_answering(tmp_path: Path) -> None:
     assert '"message_refused"' in log
 
 
-def test_the_null_engine_needs_no_model(tmp_path: Path) -> None:
-    """A fleet for benchmarks has a vocabulary without any file."""
-    process = start(tmp_path, 'verifier.engine.engine="null"', 'verifier.engine.model="/nowhere.gguf"')
+@pytest.mark.parametrize("engine", [("engine=null",), ("engine=emulated", "inner=null")], ids=["null", "emulated"])
+def test_the_null_engine_needs_no_model(tmp_path: Path, engine: tuple[str, ...]) -> None:
+    """A fleet for benchmarks has a vocabulary without any file, also where its engine is paced."""
+    process = start(
+        tmp_path, *(f"verifier.engine.{setting}" for setting in engine), 'verifier.engine.model="/nowhere.gguf"'
+    )
     client = Client(tmp_path)
     try:
         assert client.ask(Describe(next(client.refs))).vocab_fingerprint == "null:8192"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from shared.engine.interface import Chunk, EngineSettings
+from shared.engine.interface import Chunk, EngineSettings, Pace
 from shared.engine.null import NullEngine, NullLogits
 from shared.errors import EngineError, SettingsError
 from tools.bench_engine import bench_engine, engine_tables, parse_sizes, print_engine_bench, write_json
@@ -48,6 +49,19 @@ def test_every_number_of_rows_is_measured() -> None:
     for row in cost.rows:
         assert row.forward_ms.least + row.read_ms.least <= row.total_ms.least
         assert row.total_ms.most <= row.forward_ms.most + row.read_ms.most
+
+
+def test_an_emulated_engine_is_measured_at_its_pace() -> None:
+    """The figures are those of the profile, or a little slower, and the table says what was measured."""
+    pace = Pace(first_row_ms=4, further_row_ms=3, prefill_per_second=4000)
+    bench = bench_engine(
+        replace(SETTINGS, engine="emulated", inner="null", pace=pace), **{**SIZES, "prefills": (29,)}, rows=(3,)
+    )
+    assert bench.info.engine == "emulated (null)"
+    assert bench.prefills[0].per_second.most <= 29 / 0.011  # 4 ms for the last row, 7 for the 28 tokens before it
+    assert bench.contexts[0].decode_per_second.most <= 250
+    for row, least in zip(bench.contexts[0].rows, (4, 10), strict=True):
+        assert row.forward_ms.least >= least
 
 
 def test_several_contexts_and_prefills() -> None:

@@ -209,6 +209,24 @@ def test_the_gpus_of_a_model_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> N
     assert "take 2.0 GB" in found["memory"].detail
 
 
+def test_an_emulated_engine_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pace is told, or why it has none; its model is where the engine inside computes."""
+    monkeypatch.setattr(doctor, "_model", lambda _name: (10**9, "f" * 32, "a model"))
+    monkeypatch.setitem(sys.modules, "shared.kernels.gpu", SimpleNamespace(CudaDevice=FakeDevice))
+    emulated = EngineSettings(engine="emulated", inner="cuda", profile="ling-1t")
+    draft = EngineSettings(engine="emulated", profile="ling")
+    settings = Settings(verifier=VerifierSettings(emulated), draft={"model": DraftSettings(engine=draft)})
+    found = by_name(check_models(settings))
+    assert (found["pace target"].level, found["pace target"].detail) == (
+        "OK",
+        "160 ms a pass, 62.4 for each further row, prefill 269 tokens/s",
+    )
+    assert found["pace draft model"].level == "FAIL"
+    assert "ling-1t" in found["pace draft model"].remedy
+    assert found["devices target"].level == "OK"
+    assert "take 1.0 GB" in found["memory"].detail
+
+
 @pytest.mark.parametrize(
     ("devices", "detail"), [((0, 2), "there is no GPU 2: 2 found"), ((0, 0), "names a GPU twice"), ((), "names no GPU")]
 )
