@@ -154,7 +154,8 @@ def split_work(tiles: Sequence[Tile], pages: Int32, group: int, items: Int32, he
         pages: [slots, pages of a slot].
         group: query heads per key-value head.
         items: [at least the tiles' splits, WORK_INTS], written: each split of each tile in turn: the tile, but instead
-            of the slot the split's index, and then the two pages of its keys (0: none).
+            of the slot the split's index, and then the two pages of its keys (0 beyond the table, anything beyond the
+            slot's pages).
         heads: [n_rows * group], written: of each head of a row's groups, TILE_ROWS * its tile's first item + its place
             in the tile; -1: in no tile.
 

@@ -138,20 +138,21 @@ def select_experts(
         scores: [rows, n_expert] float32.
         normalize: divide a row's weights by their sum. expert_scale: multiplies the weights after that.
         ids: [rows, n_used] int32. weights: [rows, n_used] float32.
-        max_rows: few rows take one kernel, more take two; the results are the same.
+        max_rows: few rows take one kernel, which tests compare `norm_scores_select` with; more take two. The results
+            are the same.
     """
     n_expert, n_used = scores.shape[1], ids.shape[1]
     both, select, group = select_experts_names(n_expert)
     selection: list[Argument] = [scores, n_expert, n_used, int(normalize), float(expert_scale), ids, weights]
     if max_rows <= FEW_ROWS:
-        arguments = [step, *selection, *_table(groups)]
+        arguments = [step, *selection, *_group_arguments(groups)]
         shared = _few_rows_bytes(n_expert, n_used, max_rows)
         device.launch(device.kernel("experts.cu", both), (1,), 32 * _WARPS, arguments, shared)
         return
     grid = (ceil(max_rows / _WARPS),)
     kernel = device.kernel("experts.cu", select)
     device.launch(kernel, grid, 32 * _WARPS, [step, *selection], _key_bytes(n_expert))
-    arguments = [step, n_expert, n_used, ids, *_table(groups)]
+    arguments = [step, n_expert, n_used, ids, *_group_arguments(groups)]
     shared = 64 * n_expert + 4 * (n_expert + 33)
     device.launch(device.kernel("experts.cu", group), (1,), _GROUP_THREADS, arguments, shared)
 
@@ -208,7 +209,7 @@ def norm_scores_select(
                 float(expert_scale),
                 handover.scores,
             ),
-            *(ids, weights, *_table(groups)),
+            *(ids, weights, *_group_arguments(groups)),
         ],
         max(4 * rows * (n_embd + _WARPS) + 4 * experts * early, _few_rows_bytes(n_expert, n_used, max_rows)),
     )
@@ -222,7 +223,7 @@ def _fused_block(n_embd: int, max_rows: int) -> tuple[int, int]:
     return 4 if max_rows <= 4 else 8, rows
 
 
-def _table(groups: Groups) -> list[Argument]:
+def _group_arguments(groups: Groups) -> list[Argument]:
     return [groups.rows_per_group.bit_length() - 1, groups.max_groups, groups.pairs, groups.own_words]
 
 

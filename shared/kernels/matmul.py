@@ -45,7 +45,10 @@ class PlainRows:
 
 @dataclass(frozen=True, slots=True)
 class ExpertRows:
-    """Rows of a stack's matrices: `groups` of the pass whose number is `number`, int32 [1] on the device."""
+    """Rows of a stack's matrices: `groups` of the pass whose number is `number`, int32 [1] on the device.
+
+    The groups must have been selected in a pass of that number: a product waits for them, forever if need be.
+    """
 
     groups: Groups
     number: Buffer

@@ -389,6 +389,15 @@ def test_dependent_launches_change_nothing(model_path: ModelPath) -> None:
                 lengths[slot] = start + n
             logits = engine.forward(chunks)
             out.append(np.concatenate([logits.dense(row) for row in range(len(chunks))]))
+        # Chains, whose passes follow each other without the host; of all widths, which take turns.
+        for n, slots in ((8, (0, 1, 2)), (1, (0,)), (16, (1, 2)), (5, (0, 1, 2))):
+            chunks = [Chunk(slot, 40, np.array([7 + slot], np.int32), 1) for slot in slots]
+            out.append(engine.propose(chunks, [SamplingParams(temperature=0.0)] * len(slots), n).confidences.ravel())
+            wide = rng.integers(0, 300, (len(slots), 11 + n)).astype(np.int32)
+            logits = engine.forward([Chunk(slot, 30, row, 1) for slot, row in zip(slots, wide, strict=True)])
+            out.append(np.concatenate([logits.dense(row) for row in range(len(slots))]))
+            for slot in slots:
+                engine.forward([Chunk(slot, 30, rng.integers(0, 300, 10).astype(np.int32), 0)])
         results.append(np.concatenate(out))
         engine.close()
     for result in results[1:]:

@@ -18,6 +18,7 @@ import structlog
 
 from services.draft.drafters import ModelDrafter
 from services.draft.session import DraftSession
+from shared.engine.cuda import passes
 from shared.engine.cuda.engine import CudaEngine
 from shared.engine.cuda.weights import load_weights, measure_weights
 from shared.engine.interface import Chunk, EngineSettings, Proposer
@@ -248,6 +249,25 @@ def test_the_log_says_what_is_where(model_path: ModelPath) -> None:
 
 
 # --- what is refused, and what is left behind -------------------------------------------------------------------------
+
+
+def test_numbers_of_passes_begin_anew(late: list[DeferringDevice], model_path: ModelPath) -> None:
+    """After 2^31 passes, also in the middle of a chain, whose tokens are still waited for."""
+    first = [Chunk(slot, 0, random_tokens(9, slot), 1) for slot in range(2)]
+    seen = []
+    for number in (0, passes._MOST_NUMBER - 3):
+        engine = CudaEngine(settings_for(model_path(MOE)), devices=late[:1])
+        assert engine._passes is not None
+        engine.forward(first).top(1)
+        engine._passes._number = number
+        ids = [engine.forward([Chunk(0, 9, random_tokens(1, 5), 1)]).dense(0)]
+        chunks = [Chunk(slot, 9, random_tokens(1, 7), 1) for slot in range(2)]
+        proposed = engine.propose(chunks, [GREEDY] * 2, 6)
+        ids += [engine.forward([Chunk(1, 15, random_tokens(2, 8), 1)]).dense(0), proposed.tokens, proposed.confidences]
+        seen.append(ids)
+        assert engine._passes._number < 20
+    for array, other in zip(*seen, strict=True):
+        assert_same_bits(array, other)
 
 
 def test_a_device_that_lacks_memory_is_named(late: list[DeferringDevice], model_path: ModelPath) -> None:

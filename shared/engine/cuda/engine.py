@@ -9,6 +9,7 @@ summation per output (docs/kernels.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import structlog
@@ -140,11 +141,14 @@ class CudaEngine:
         return length
 
     def close(self) -> None:
-        if self._passes is not None:
-            self._passes.close()
-            self._passes = None
+        if self._passes is None:
+            return
+        passes, self._passes = self._passes, None
+        # Whatever fails, nothing is kept.
+        with ExitStack() as stack:
             for device in self._devices:
-                device.close()
+                stack.callback(device.close)
+            passes.close()
 
     def forward(self, chunks: Sequence[Chunk]) -> CudaLogits:
         passes = self._check(chunks)
@@ -186,11 +190,17 @@ class CudaEngine:
         copies = self._pages.prepare([(c.slot, c.start, c.start + len(c.tokens) + more) for c in chunks])
         for chunk in chunks:
             self._lengths[chunk.slot] = chunk.start
-        if self._pages.changed:
-            passes.write_pages(self._pages.table)
-            self._pages.changed = False
-        if copies:
-            passes.copy_pages(copies)
+        try:
+            if self._pages.changed:
+                passes.write_pages(self._pages.table)
+                self._pages.changed = False
+            if copies:
+                passes.copy_pages(copies)
+        except BaseException:
+            # A page that was to be copied holds nothing yet.
+            for chunk in chunks:
+                self.truncate(chunk.slot, chunk.start // PAGE_TOKENS * PAGE_TOKENS)
+            raise
 
     def _extend(self, chunks: Sequence[Chunk], more: Int32) -> None:
         """Note a pass's tokens and those that followed each chunk, [chunks, n]; pages that are full now may be reused.

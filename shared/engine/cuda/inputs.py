@@ -1,7 +1,8 @@
 """What a pass is told: one small int32 array, written by the host and copied to the device at once.
 
 The layout is fixed by a pass's capacity, so that a captured graph finds everything at the same address. Kernels know
-the header: [0] rows, [1] wanted rows, [2] attention's work: query tiles, or their splits, [3] the pass's number.
+the header: [0] rows, [1] wanted rows, [2] attention's work: query tiles, or their splits, [3] the pass's
+number, [4] its place in a chain.
 
 Invariant: only copies write it, and none while a pass runs, since kernels read it before those ahead of them are done.
 """

@@ -146,8 +146,10 @@ class Passes:
 
     def close(self) -> None:
         """Let go of the recorded passes, which know this object: with it all memory goes."""
-        self.wait()
-        self._passes.clear()
+        try:
+            self.wait()
+        finally:
+            self._passes.clear()
 
     def write_pages(self, table: PageNumbers) -> None:
         """Tell the devices which pages slots have: [n_slots, max_pages]."""
@@ -221,7 +223,6 @@ class Passes:
     def _next_number(self) -> int:
         """The next pass's number, which no groups of experts in memory have."""
         if self._number == _MOST_NUMBER:
-            self.wait()
             for stage in self._stages:
                 stage.forget_groups()
             self._number = 0

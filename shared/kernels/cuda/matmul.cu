@@ -389,6 +389,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
     front = described >> 16;
     // A pair alone needs no list.
     own = count > 1 ? pairs.pairs[own] : front;
+    // Any pair will do for columns that are not there, which are not written: the first one of all, or the lone one.
   } else {
     count = min_(kColumns, pairs.number[0] - group * kColumns);
   }
@@ -417,7 +418,7 @@ DEVICE void multiply_all(const Matrices<C0, C1, C2, kGateUp>& matrices, const Pa
     for (int c = lane; c < kColumns; c += 32) {
       if (c >= 32) own = pairs.groups ? pairs.pairs[group * kColumns + c] : group * kColumns + c;
       targets[c] = own;
-      // Columns beyond the count repeat the first, unwritten. Exact: pairs are far below 2^23.
+      // Exact: pairs are far below 2^23.
       rows[c] = static_cast<int>(mul_(static_cast<float>(c < count ? own : front) + 0.5f, pairs.per_row));
     }
     sync_warp();
