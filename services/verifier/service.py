@@ -16,7 +16,7 @@ from shared.engine.registry import load_engine
 from shared.errors import SettingsError
 from shared.messages import MAX_STEP_SESSIONS, Close, Commit, Error, Hello, Message, OpenTarget, Proposal
 from shared.peer import RouterConnection
-from shared.service import BlockingLink, EngineThread, Mailbox, Service, version
+from shared.service import BlockingLink, EngineThread, Mailbox, Service, monotonic_us, version
 from shared.settings import Settings
 
 _FORGET = object()
@@ -70,7 +70,8 @@ class VerifierService(Service):
             self._send([Error(message.session, "draining", "the verifier is shutting down", "try again", 5)])
             return
         # A proposal that finds no room is lost; the next commit shows it, and it is sent again.
-        if not self._mailbox.put(message, force=isinstance(message, Close)) and isinstance(message, OpenTarget):
+        arrived = monotonic_us(), message
+        if not self._mailbox.put(arrived, force=isinstance(message, Close)) and isinstance(message, OpenTarget):
             self._send([Error(message.session, "overloaded", "the verifier is not keeping up", "try again", 1)])
 
     def _router_lost(self, reason: str) -> None:
@@ -118,15 +119,26 @@ class VerifierService(Service):
     def _steps(self, stepper: Stepper) -> None:
         while not self._stopping:
             self._thread.beat()
-            for message in self._mailbox.take(0 if stepper.busy else 1.0):
-                if message is _FORGET:
-                    stepper.forget_all()
-                elif message is not _WAKE:
-                    stepper.receive(message)
+            self._take(stepper, 0 if stepper.busy else 1.0)
+            while not self._stopping and (patience := stepper.patience(monotonic_us())) > 0:
+                if not self._take(stepper, patience):
+                    stepper.give_up()
+                    break
             if stepper.n_sessions:
                 stepper.step()
             stepper.flush()
             self._n_sessions = stepper.n_sessions
+
+    def _take(self, stepper: Stepper, timeout_s: float) -> bool:
+        """Take in what has arrived, or arrives in time; False: nothing."""
+        values = self._mailbox.take(timeout_s)
+        for value in values:
+            if value is _FORGET:
+                stepper.forget_all()
+            elif value is not _WAKE:
+                at_us, message = value
+                stepper.receive(message, at_us)
+        return bool(values)
 
     def _emit(self, messages: Sequence[Message]) -> None:
         self.loop.call_soon_threadsafe(self._send, messages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from services.verifier.controller import Arrivals, Calibration
 from shared.engine.interface import Float32, Int32
 from shared.errors import WireError
 from shared.messages import MAX_RUN, Limits, Proposal, TargetStats
@@ -26,10 +27,12 @@ Distribution = tuple[Int32, Float32]
 
 @dataclass(slots=True)
 class Proposed:
-    """A proposed token. q: what it was drawn from, under rejection sampling."""
+    """A proposed token. q: what it was drawn from, under rejection sampling. confidence: the draft's probability of it,
+    None where it gave none."""
 
     token: int
     q: Distribution | None = None
+    confidence: float | None = None
 
 
 @dataclass(slots=True)
@@ -56,10 +59,18 @@ class TargetSession:
     Args:
         n_max: most proposals to verify in one step of this session.
         opened_us: monotonic time of its arrival.
+        calibration: what is known of other sessions' proposals.
     """
 
     def __init__(
-        self, session: int, prompt: Int32, sampling: SamplingParams, limits: Limits, n_max: int, opened_us: int
+        self,
+        session: int,
+        prompt: Int32,
+        sampling: SamplingParams,
+        limits: Limits,
+        n_max: int,
+        opened_us: int,
+        calibration: Calibration | None = None,
     ) -> None:
         self.id = session
         self.sampling = sampling
@@ -69,6 +80,8 @@ class TargetSession:
         self.n_prompt = len(prompt)
         self.chain: list[Proposed] = []
         self.counters = Counters()
+        self.calibration = Calibration(calibration)
+        self.arrivals = Arrivals()
         self.opened_us = opened_us
         self.first_commit_us = 0
         self.slot = -1
@@ -87,13 +100,25 @@ class TargetSession:
         """Committed tokens that the cache lacks; at least one, the last."""
         return len(self.prefix) - self.cached
 
-    def offer(self, proposal: Proposal) -> bool:
-        """Take a proposal in; False when it is stale: its prefix is not this session's."""
+    def offer(self, proposal: Proposal, at_us: int = 0) -> bool:
+        """Take a proposal in, which arrived at `at_us`; False when it is stale: its prefix is not this session's."""
+        known = self.known
         if not self._offer(proposal):
             self.counters.n_stale += len(proposal.tokens)
+            self.arrivals.stale(at_us / 1e6)
             return False
         self._unpark()
+        if self.known > known:
+            self.arrivals.arrive(at_us / 1e6, self.known - known)
         return True
+
+    def reach(self, most: int) -> list[float]:
+        """Of the first `most` proposals, the probability that each and all before it are accepted."""
+        reach, shares = 1.0, []
+        for depth, proposed in enumerate(self.chain[:most]):
+            reach *= self.calibration.probability(depth, proposed.confidence)
+            shares.append(reach)
+        return shares
 
     def _unpark(self) -> None:
         """Take in what has waited for the proposals before it."""
@@ -125,6 +150,7 @@ class TargetSession:
         for own, other in zip(self.chain[depth:], new, strict=False):
             if own.token != other.token:
                 break
+            own.confidence = other.confidence
             own.q = other.q  # the newest counts, equal or not: which q is used must not depend on what was drawn
             same += 1
         if same == len(new):
@@ -142,14 +168,17 @@ class TargetSession:
         Garbage must end here: the sampler would refuse the whole step for it.
         """
         counts = proposal.q_counts
+        confidence: Sequence[float | None] = proposal.confidence
+        if len(confidence) != len(proposal.tokens):
+            confidence = [None] * len(proposal.tokens)
         if not counts or self.sampling.acceptance != "rejection" or self.sampling.greedy:
-            return [Proposed(token) for token in proposal.tokens]
+            return [Proposed(token, None, c) for token, c in zip(proposal.tokens, confidence, strict=True)]
         n_entries = sum(counts)
         if len(counts) != len(proposal.tokens) or not n_entries == len(proposal.q_ids) == len(proposal.q_probs):
             return None
         entries = []
         end = 0
-        for token, count in zip(proposal.tokens, counts, strict=True):
+        for token, count, c in zip(proposal.tokens, counts, confidence, strict=True):
             start, end = end, end + count
             if count > _MAX_Q:
                 return None
@@ -158,16 +187,16 @@ class TargetSession:
                 distribution.check(token)
             except WireError:
                 return None
-            entries.append(Proposed(token, (distribution.ids, distribution.probs)))
+            entries.append(Proposed(token, (distribution.ids, distribution.probs), c))
         return entries
 
     def proposals(self, count: int) -> list[Proposed]:
         """The first `count` proposals, or as many as there are."""
         return self.chain[:count]
 
-    def commit(self, tokens: Sequence[int]) -> None:
+    def commit(self, tokens: Sequence[int], at_us: int = 0) -> None:
         """Make tokens final; the proposals that they contradict are dropped, the others go on waiting."""
-        agreed = 0
+        n_waiting, agreed = len(self.chain), 0
         for proposed, token in zip(self.chain, tokens, strict=False):
             if proposed.token != token:
                 break
@@ -180,12 +209,16 @@ class TargetSession:
             self.counters.n_stale += max(0, len(self.chain) - agreed)
             self.chain.clear()
             self._chain_hashes = [self.prefix.hash]
+        self.arrivals.commit(at_us / 1e6, agreed < min(n_waiting, len(tokens)), len(self.chain))
         if self._parked:
             # The commit itself may be what one has waited for: the proposals before it were lost, the target made up.
             self._parked = {start: p for start, p in self._parked.items() if start >= len(self.prefix)}
             self._unpark()
 
     def count_round(self, n_proposed: int, n_accepted: int) -> None:
+        """Of the first n_proposed proposals n_accepted were; before they become final."""
+        for depth, proposed in enumerate(self.chain[: min(n_proposed, n_accepted + 1)]):
+            self.calibration.observe(depth, proposed.confidence, depth < n_accepted)
         counters = self.counters
         counters.rounds += 1
         counters.n_proposed += n_proposed

@@ -1,7 +1,8 @@
 """The target's step loop: take what has arrived, compute one forward pass, ask the sampler, commit.
 
-Runs on the engine thread and owns the engine, the slots and the sessions. It never waits for a draft: a step verifies
-the proposals that are there, down to none.
+Runs on the engine thread and owns the engine, the slots and the sessions. A step verifies proposals that are there, as
+many as the controller finds worth their rows, down to none; `patience` says whether some that come soon are worth
+waiting for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from services.verifier import policy
+from services.verifier.controller import Candidate, LengthController
 from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
@@ -37,6 +39,11 @@ class Stepper:
         self._sampler = sampler
         self._emit = emit
         self._n_max = settings.n_max
+        self.controller = LengthController()
+        self._fixed = settings.length == "fixed"
+        self._awaited: TargetSession | None = None
+        self._last_us = 0
+        """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
         self._n_batch = engine.info.n_batch
         # A chunk must fit beside the rows of every decoding session, or prompts could starve.
         reserved = engine.info.n_slots * (settings.n_max + 1)
@@ -56,12 +63,16 @@ class Stepper:
     def n_sessions(self) -> int:
         return len(self._running) + len(self._waiting)
 
-    def receive(self, message: Any) -> None:
-        """Take in an OpenTarget, Proposal or Close."""
+    def receive(self, message: Any, at_us: int | None = None) -> None:
+        """Take in an OpenTarget, Proposal or Close, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):
             session = self._running.get(message.session) or self._waiting.get(message.session)
             if session is not None and max(message.tokens) < self._engine.info.n_vocab:
-                session.offer(message)
+                known = session.known
+                session.offer(message, monotonic_us() if at_us is None else at_us)
+                if session is self._awaited and session.known > known:
+                    self._awaited = None
+                    session.arrivals.waited(True)
         elif isinstance(message, OpenTarget):
             self._open(message)
         elif isinstance(message, Close):
@@ -79,7 +90,9 @@ class Stepper:
         """One forward pass for whoever is ready, its verdicts and commits."""
         self._admit()
         sessions = list(self._running.values())
-        shares = policy.plan([self._ready(s) for s in sessions], self._n_batch, self._prefill_chunk)
+        lengths = self._lengths(sessions)
+        ready = [self._ready(s, lengths.get(s.id, 0)) for s in sessions]
+        shares = policy.plan(ready, self._n_batch, self._prefill_chunk)
         chunks: list[Chunk] = []
         taking_part: list[tuple[TargetSession, policy.Share]] = []
         for session, share in zip(sessions, shares, strict=True):
@@ -120,6 +133,8 @@ class Stepper:
             decided = monotonic_us()
             trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
+            n_committed = sum(len(verdict.tokens) for verdict in verdicts)
+            self._learn(taking_part, started, decided, n_committed)
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
                 session.counters.full_rows += verdict.full_rows
                 if session.first_commit_us:
@@ -168,7 +183,15 @@ class Stepper:
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
         n_max = min(self._n_max, message.n_max)
-        session = TargetSession(message.session, message.tokens, message.sampling, limits, n_max, monotonic_us())
+        session = TargetSession(
+            message.session,
+            message.tokens,
+            message.sampling,
+            limits,
+            n_max,
+            monotonic_us(),
+            self.controller.calibration,
+        )
         self._waiting[session.id] = session
 
     def _admit(self) -> None:
@@ -185,15 +208,80 @@ class Stepper:
             self._running[session.id] = session
             self._sampler.open(session)
 
-    def _ready(self, session: TargetSession) -> policy.Ready:
+    def patience(self, now_us: int) -> float:
+        """Seconds to wait for more messages before the next step; 0: there is nothing worth waiting for.
+
+        Whoever has waited in vain calls `give_up`.
+        """
+        if self._fixed or self._waiting or not self._running:
+            return 0.0
+        sessions = list(self._running.values())
+        if any(session.pending > 1 for session in sessions):
+            return 0.0
+        candidates = [self._candidate(session, now_us) for session in sessions]
+        room = self._n_batch - len(sessions)
+        wait = self.controller.patience(candidates, self.controller.choose(candidates, room), room)
+        if wait is None:
+            return 0.0
+        seconds, which = wait
+        self._awaited = sessions[which]
+        return seconds + self._awaited.arrivals.slack_s
+
+    def give_up(self) -> None:
+        """What was waited for has not come."""
+        if self._awaited is not None:
+            self._awaited.arrivals.waited(False)
+            self._awaited = None
+
+    def _lengths(self, sessions: Sequence[TargetSession]) -> dict[int, int]:
+        """How many proposals of each decoding session are verified, by session."""
+        if self._fixed:
+            return {session.id: len(session.chain) for session in sessions}
+        decoding = [session for session in sessions if session.pending == 1]
+        candidates = [self._candidate(session, None) for session in decoding]
+        lengths = self.controller.choose(candidates, max(0, self._n_batch - len(decoding)))
+        return {session.id: length for session, length in zip(decoding, lengths, strict=True)}
+
+    def _candidate(self, session: TargetSession, now_us: int | None) -> Candidate:
+        """now_us: for what is expected of its draft, None where that is not needed."""
+        most = self._most(session)
+        arrivals = session.arrivals
+        return Candidate(
+            session.reach(most),
+            next_s=None if now_us is None else arrivals.expected(now_us / 1e6),
+            token_s=arrivals.token_s or 0.0,
+            typical=session.calibration.typical(len(session.chain)),
+            kept=arrivals.kept,
+            room=most - len(session.chain),
+        )
+
+    def _most(self, session: TargetSession) -> int:
+        """Proposals that may be verified at most; never one past the last token wanted."""
+        generated = len(session.prefix) - session.n_prompt
+        return max(0, min(session.n_max, session.limits.max_tokens - generated - 1))
+
+    def _learn(
+        self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int, n_committed: int
+    ) -> None:
+        """Tell the controller of a step, if it was of decoding sessions alone."""
+        if any(share.pending > 1 or not share.final for _, share in taking_part):
+            self._last_us = 0
+            return
+        rows = sum(1 + share.n_proposals for _, share in taking_part)
+        seconds = (decided - started) / 1e6
+        elapsed = (decided - self._last_us) / 1e6 if self._last_us else seconds
+        self.controller.observe(rows, seconds, n_committed, elapsed)
+        self._last_us = decided
+
+    def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt
         return policy.Ready(
-            session.pending, session.cached, len(session.chain), session.n_max, session.limits.max_tokens - generated
+            session.pending, session.cached, n_proposals, session.n_max, session.limits.max_tokens - generated
         )
 
     def _commit(self, session: TargetSession, tokens: Sequence[int], n_accepted: int, finish: FinishReason) -> None:
         start, prefix_hash = len(session.prefix), session.prefix.hash
-        session.commit(tokens)
+        session.commit(tokens, monotonic_us())
         if start == session.n_prompt:
             self._slots.record(session.id, np.array(session.prefix.tokens[:start], np.int32))
         self._out.append(
@@ -227,6 +315,9 @@ class Stepper:
 
     def _release(self, session: TargetSession) -> None:
         self._full = False
+        self._last_us = 0  # until the next step passes time that is nobody's
+        if session is self._awaited:
+            self._awaited = None
         self._engine.truncate(session.slot, session.cached)  # what the table does not know of, it could not evict
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
         del self._running[session.id]

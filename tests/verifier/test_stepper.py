@@ -171,7 +171,9 @@ class World:
         self.sampler = SamplerService(Settings())
         self.link: Any = DirectLink(self.sampler)
         self.alive = True
-        self.settings = VerifierSettings(**{"n_max": 4, "top_k_rows": 8, "prefill_chunk": 16, **settings})
+        self.settings = VerifierSettings(
+            **{"n_max": 4, "length": "fixed", "top_k_rows": 8, "prefill_chunk": 16, **settings}
+        )
         self.commits: dict[int, list[Commit]] = {}
         self.texts: dict[int, list[int]] = {}
         self.prompts: dict[int, list[int]] = {}
