@@ -33,6 +33,7 @@ _DEPTHS = 3
 _PRIOR_TRIALS = 4.0
 _PARENT_TRIALS = 8.0
 _MOST_TRIALS = 256.0
+_DOUBT = 1.6
 _ARRIVAL_SHARE = 0.2
 _RATE_DECAY = 0.98
 _AHEAD = 8
@@ -129,6 +130,13 @@ class Calibration:
         else:
             prior, strength = 0.5 if confidence is None else confidence, _PRIOR_TRIALS
         return (successes + strength * prior) / (trials + strength)
+
+    def hopeful(self, depth: int, confidence: float | None) -> float:
+        """The same with the benefit of the doubt: what has seldom been seen would else never be, as it is verified only
+        if it is believed in (optimism in the face of uncertainty, Lai and Robbins 1985). Soon gone: it costs rows."""
+        known = self if self._parent is None else self._parent
+        trials, _ = known._counts.get(_key(depth, confidence), (0.0, 0.0))
+        return min(1.0, self.probability(depth, confidence) + _DOUBT / (trials + _PRIOR_TRIALS))
 
     def typical(self, depth: int) -> float:
         """Of a proposal that is not there yet, whatever its confidence will be."""

@@ -113,10 +113,10 @@ class TargetSession:
         return True
 
     def reach(self, most: int) -> list[float]:
-        """Of the first `most` proposals, the probability that each and all before it are accepted."""
+        """Of the first `most` proposals, the probability that each and all before it are accepted; in doubt more."""
         reach, shares = 1.0, []
         for depth, proposed in enumerate(self.chain[:most]):
-            reach *= self.calibration.probability(depth, proposed.confidence)
+            reach *= self.calibration.hopeful(depth, proposed.confidence)
             shares.append(reach)
         return shares
 

@@ -26,6 +26,10 @@ from shared.settings import VerifierSettings
 
 Emit = Callable[[Sequence[Message]], None]
 
+_ALIKE_ROWS = 24
+"""Rows of a step of decoding sessions, for engines without row invariance: ik computes more of them otherwise
+(docs/engines.md), so that texts would depend on the load."""
+
 
 class Stepper:
     """See the module's docstring.
@@ -45,6 +49,7 @@ class Stepper:
         self._last_us = 0
         """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
         self._n_batch = engine.info.n_batch
+        self._decode_rows = self._n_batch if engine.info.row_invariant else min(self._n_batch, _ALIKE_ROWS)
         # A chunk must fit beside the rows of every decoding session, or prompts could starve.
         reserved = engine.info.n_slots * (settings.n_max + 1)
         self._prefill_chunk = max(1, min(settings.prefill_chunk, self._n_batch - reserved))
@@ -219,7 +224,7 @@ class Stepper:
         if any(session.pending > 1 for session in sessions):
             return 0.0
         candidates = [self._candidate(session, now_us) for session in sessions]
-        room = self._n_batch - len(sessions)
+        room = max(0, self._decode_rows - len(sessions))
         wait = self.controller.patience(candidates, self.controller.choose(candidates, room), room)
         if wait is None:
             return 0.0
@@ -239,7 +244,7 @@ class Stepper:
             return {session.id: len(session.chain) for session in sessions}
         decoding = [session for session in sessions if session.pending == 1]
         candidates = [self._candidate(session, None) for session in decoding]
-        lengths = self.controller.choose(candidates, max(0, self._n_batch - len(decoding)))
+        lengths = self.controller.choose(candidates, max(0, self._decode_rows - len(decoding)))
         return {session.id: length for session, length in zip(decoding, lengths, strict=True)}
 
     def _candidate(self, session: TargetSession, now_us: int | None) -> Candidate:

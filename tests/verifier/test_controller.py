@@ -83,7 +83,7 @@ def test_the_rate_reached_is_that_of_the_best_length(acceptance: float) -> None:
     calibration = Calibration(controller.calibration)
     tokens = seconds = 0.0
     for step in range(6000):
-        reach = [prod(calibration.probability(d, acceptance) for d in range(depth + 1)) for depth in range(16)]
+        reach = [prod(calibration.hopeful(d, acceptance) for d in range(depth + 1)) for depth in range(16)]
         (n,) = controller.choose([Candidate(reach)], 16)
         accepted = next((d for d in range(n) if chance.random() >= acceptance), n)
         for depth in range(min(n, accepted + 1)):
@@ -126,9 +126,11 @@ def test_calibration_learns_what_confidence_is_worth() -> None:
     first = Calibration(everybody)
     assert first.probability(0, 0.97) == pytest.approx(0.97, abs=0.01)
     assert first.probability(0, None) == pytest.approx(0.5)
+    assert first.hopeful(0, None) == pytest.approx(0.9)
     for _ in range(500):
         first.observe(0, 0.97, chance.random() < 0.6)
     assert first.probability(0, 0.97) == pytest.approx(0.6, abs=0.08)
+    assert first.hopeful(0, 0.97) < first.probability(0, 0.97) + 0.04
     second = Calibration(everybody)
     assert second.probability(0, 0.97) == pytest.approx(0.6, abs=0.08)
     assert second.probability(1, 0.97) > 0.9

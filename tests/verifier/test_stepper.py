@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
@@ -374,6 +375,105 @@ def test_a_null_target_accepts_a_null_draft(world: World) -> None:
     world.run(draft)
     assert len(world.generated(1)) == 21
     assert [c.n_accepted for c in world.commits[1]] == [0, 4, 4, 4, 4]
+
+
+# -- lengths --
+
+
+class CostlyEngine(HistoryEngine):
+    """Passes whose rows cost as on a large machine; the clock is the test's."""
+
+    def __init__(self, row_invariant: bool = True) -> None:
+        super().__init__(2, 512, 160)
+        self.info = replace(self.info, row_invariant=row_invariant)
+        self.now_us = 1_000_000
+        self.rows: list[int] = []
+
+    def forward(self, chunks: Sequence[Chunk]) -> DenseLogits:
+        rows = sum(chunk.rows for chunk in chunks)
+        self.rows.append(rows)
+        self.now_us += 160_000 + 62_400 * (rows - 1)
+        return super().forward(chunks)
+
+
+def adaptive_world(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, engine: CostlyEngine) -> World:
+    monkeypatch.setattr("services.verifier.stepper.monotonic_us", lambda: engine.now_us)
+    world = make_world(n_max=16, length="adaptive")
+    world.engine = engine
+    world.build()
+    return world
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_proposals_are_verified_as_long_as_it_pays(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """Right ones nearly all at a time, wrong ones hardly ever; the text is the target's either way."""
+    engine = CostlyEngine()
+    world = adaptive_world(make_world, monkeypatch, engine)
+    expected = greedy([20, 21], 200)
+    world.open(1, [20, 21], max_tokens=200)
+
+    def draft() -> None:
+        done = len(world.generated(1))
+        run = expected[done : done + 16]
+        world.propose(1, run if right else [(token + 1) % N_VOCAB for token in run] or [1])
+
+    world.run(draft)
+    assert world.generated(1) == expected
+    lengths = [rows - 1 for rows in engine.rows]
+    if right:
+        assert sum(lengths[10:]) / len(lengths[10:]) > 12
+    else:
+        assert sum(lengths[40:]) <= 6
+        assert len(lengths) >= 200
+
+
+def test_steps_stay_small_without_row_invariance(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an engine that computes many rows otherwise than few, decoding sessions never ask so many."""
+    engine = CostlyEngine(row_invariant=False)
+    world = adaptive_world(make_world, monkeypatch, engine)
+    expected = {session: greedy([20, session], 100) for session in (1, 2)}
+    for session in expected:
+        world.open(session, [20, session], max_tokens=100)
+
+    def draft() -> None:
+        for session, text in expected.items():
+            done = len(world.generated(session))
+            if text[done : done + 16]:
+                world.propose(session, text[done : done + 16])
+
+    world.run(draft)
+    assert {session: world.generated(session) for session in expected} == expected
+    assert 20 < max(engine.rows) <= 24
+
+
+def test_a_step_waits_for_what_is_known_to_come_soon(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After misses that the draft answered in 10 ms, though not for what did not come, nor with fixed lengths."""
+    engine = CostlyEngine()
+    world = adaptive_world(make_world, monkeypatch, engine)
+    expected = greedy([20, 21], 400)
+    world.open(1, [20, 21], max_tokens=400)
+    world.stepper.step()
+    for _ in range(30):
+        done = len(world.generated(1))
+        world.propose(1, [*expected[done : done + 3], (expected[done + 3] + 1) % N_VOCAB])
+        world.stepper.step()
+        if world.stepper.patience(engine.now_us) > 0:
+            break
+        text, done = world.texts[1], len(world.generated(1))
+        engine.now_us += 10_000
+        world.stepper.receive(
+            Proposal(1, len(text), TokenPrefix(text).hash, tuple(expected[done : done + 1])), engine.now_us
+        )
+    patience = world.stepper.patience(engine.now_us)
+    assert 0.01 <= patience < 0.03
+    for _ in range(10):
+        world.stepper.patience(engine.now_us)
+        world.stepper.give_up()
+    assert world.stepper.patience(engine.now_us) == 0
+    engine.now_us += 1_000_000
+    assert world.stepper.patience(engine.now_us) == 0
 
 
 # -- sessions --
