@@ -132,11 +132,15 @@ class Calibration:
         return (successes + strength * prior) / (trials + strength)
 
     def hopeful(self, depth: int, confidence: float | None) -> float:
-        """The same with the benefit of the doubt: what has seldom been seen would else never be, as it is verified only
-        if it is believed in (optimism in the face of uncertainty, Lai and Robbins 1985). Soon gone: it costs rows."""
+        """The same, with the benefit of the doubt for proposals without a confidence: what has seldom been seen would
+        else never be, as it is verified only if it is believed in (optimism in the face of uncertainty, Lai and Robbins
+        1985). Soon gone: it costs rows. A confidence needs none, being something to begin with.
+        """
+        if confidence is not None:
+            return self.probability(depth, confidence)
         known = self if self._parent is None else self._parent
-        trials, _ = known._counts.get(_key(depth, confidence), (0.0, 0.0))
-        return min(1.0, self.probability(depth, confidence) + _DOUBT / (trials + _PRIOR_TRIALS))
+        trials, _ = known._counts.get(_key(depth, None), (0.0, 0.0))
+        return min(1.0, self.probability(depth, None) + _DOUBT / (trials + _PRIOR_TRIALS))
 
     def typical(self, depth: int) -> float:
         """Of a proposal that is not there yet, whatever its confidence will be."""
