@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import numpy.typing as npt
@@ -249,6 +250,25 @@ def test_the_log_says_what_is_where(model_path: ModelPath) -> None:
 
 
 # --- what is refused, and what is left behind -------------------------------------------------------------------------
+
+
+def test_a_failed_copy_of_pages_leaves_no_gap(
+    late: list[DeferringDevice], model_path: ModelPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork that goes on in the middle of a shared page, which could not be copied, keeps only the pages before it."""
+    engine = CudaEngine(settings_for(model_path(MOE)), devices=late[:1])
+    tokens = random_tokens(100, 1)
+    for start in (0, 48, 96):
+        engine.forward([Chunk(0, start, tokens[start : start + 48], 1)])
+    truth = engine.forward([Chunk(0, 99, tokens[99:], 1)]).dense(0)
+    engine.copy_prefix(0, 1, 90)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._passes, "copy_pages", Mock(side_effect=EngineError("lost", code="device_failed")))
+        with pytest.raises(EngineError, match="lost"):
+            engine.forward([Chunk(1, 90, tokens[90:], 1)])
+    assert engine.length(1) == 64
+    assert_same_bits(engine.forward([Chunk(1, 64, tokens[64:], 1)]).dense(0), truth)
+    assert_same_bits(engine.forward([Chunk(0, 99, tokens[99:], 1)]).dense(0), truth)
 
 
 def test_numbers_of_passes_begin_anew(late: list[DeferringDevice], model_path: ModelPath) -> None:
