@@ -198,8 +198,10 @@ class CudaEngine:
                 passes.copy_pages(copies)
         except BaseException:
             # A page that was to be copied holds nothing yet.
+            empty = {target for _, target in copies}
             for chunk in chunks:
-                self.truncate(chunk.slot, chunk.start // PAGE_TOKENS * PAGE_TOKENS)
+                if self._pages.table[chunk.slot, chunk.start // PAGE_TOKENS] in empty:
+                    self.truncate(chunk.slot, chunk.start // PAGE_TOKENS * PAGE_TOKENS)
             raise
 
     def _extend(self, chunks: Sequence[Chunk], more: Int32) -> None:
