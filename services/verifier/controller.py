@@ -24,21 +24,23 @@ from dataclasses import dataclass
 
 PRIOR_SLOPE = 0.3
 """What a further row costs relative to the first one, until two numbers of rows have been measured."""
-_STEP_DECAY = 0.995
-_OUTLIER = 2.0
-_BUCKET_TRUST = 3.0
+_STEP_DECAY = 0.995  # of old steps, for the line
+_OUTLIER = 2.0  # times the mean: longer steps count as so long
+_BUCKET_TRUST = 3.0  # steps that the line counts for, beside those of just so many rows
+# Confidences are told apart by these, and depths up to the third; trials that a prior counts for.
 _EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 _UNKNOWN = len(_EDGES) + 1
 _DEPTHS = 3
 _PRIOR_TRIALS = 4.0
 _PARENT_TRIALS = 8.0
-_MOST_TRIALS = 256.0
+_MOST_TRIALS = 256.0  # then the older ones count half
 _DOUBT = 1.6
-_ARRIVAL_SHARE = 0.2
-_RATE_DECAY = 0.98
+_ARRIVAL_SHARE = 0.2  # of the newest arrival in what is usual
+_RATE_DECAY = 0.98  # of old steps, for the rate
 _AHEAD = 8
 """Proposals that waiting looks ahead."""
 _EXPLORE_EVERY = 64
+"""Steps after which a proposal is verified though none seems to pay."""
 
 
 class StepCosts:
@@ -228,13 +230,12 @@ class Candidate:
     """A session that decodes in the next step.
 
     reach: of each proposal that may be verified, in order: the probability that it and all before it are accepted.
-    n_min: verified in any case, where there are so many. next_s: until the next proposal arrives, None where nothing is
-    expected. token_s: between further ones. typical: acceptance of those. kept: how often arrivals kept their time.
-    room: proposals beyond `reach` that might still be verified.
+    next_s: until the next proposal arrives, None where nothing is expected. token_s: between further ones. typical:
+    acceptance of those. kept: how often arrivals kept their time. room: proposals beyond `reach` that might still be
+    verified.
     """
 
     reach: Sequence[float]
-    n_min: int = 0
     next_s: float | None = None
     token_s: float = 0.0
     typical: float = 0.5
@@ -272,22 +273,17 @@ class LengthController:
 
         room: rows of the step beyond one for each session.
         """
-        lengths = [0] * len(sessions)
-        left = room
-        for i, session in enumerate(sessions):
-            lengths[i] = min(session.n_min, len(session.reach), left)
-            left -= lengths[i]
+        best, left = [0] * len(sessions), room
         if not self.costs.known:
             # Without a figure what is there is verified, which gives one.
             for i, session in enumerate(sessions):
-                more = min(len(session.reach) - lengths[i], left)
-                lengths[i] += more
-                left -= more
-            return lengths
-        rate, rows = self.rate, len(sessions) + sum(lengths)
-        heap = [(-s.reach[n], i) for i, (s, n) in enumerate(zip(sessions, lengths, strict=True)) if n < len(s.reach)]
+                best[i] = min(len(session.reach), left)
+                left -= best[i]
+            return best
+        rate, rows = self.rate, len(sessions)
+        heap = [(-session.reach[0], i) for i, session in enumerate(sessions) if session.reach]
         heapq.heapify(heap)
-        tried, best, gain, most = lengths.copy(), lengths.copy(), 0.0, 0.0
+        tried, gain, most = best.copy(), 0.0, 0.0
         cost = highest = self.costs.seconds(rows)
         while heap and left > 0:
             reach, i = heapq.heappop(heap)

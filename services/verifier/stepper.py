@@ -224,6 +224,8 @@ class Stepper:
         if any(session.pending > 1 for session in sessions):
             return 0.0
         candidates = [self._candidate(session, now_us) for session in sessions]
+        if all(candidate.next_s is None for candidate in candidates):
+            return 0.0
         room = max(0, self._decode_rows - len(sessions))
         wait = self.controller.patience(candidates, self.controller.choose(candidates, room), room)
         if wait is None:

@@ -150,8 +150,8 @@ class Speculation:
         """Tokens/s when the draft goes on while the target verifies.
 
         A step begins when the one before it has ended and `wait_for` proposals (0 to n) have arrived, and verifies
-        those that have, at most n. With `wait_for` 0, as in `services/verifier/stepper.py`, the target never waits: it
-        decodes plainly until proposals arrive.
+        those that have, at most n. With `wait_for` 0 the target never waits: it decodes plainly until proposals
+        arrive.
 
         The model. The draft works without a pause, a token every draft_s, and each leaves at once. A verdict on k
         proposals commits up to k + 1 tokens. If all k were accepted, the draft's own next token stands against the

@@ -58,10 +58,7 @@ def test_a_cost_in_stairs_is_climbed_where_it_pays() -> None:
     assert controller.choose([Candidate([0.6**i for i in range(1, 13)])], 12) == [7]
 
 
-def test_what_must_be_verified_is_and_what_is_unknown_is_tried() -> None:
-    controller = learned(rate=20.0)
-    assert controller.choose([Candidate([0.01] * 4, n_min=3)], 16) == [3]
-    assert controller.choose([Candidate([0.01] * 4, n_min=3)], 2) == [2]
+def test_what_is_unknown_is_tried() -> None:
     assert LengthController().choose([Candidate([0.01] * 4), Candidate([0.5] * 3)], 5) == [4, 1]
 
 
