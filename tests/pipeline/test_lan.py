@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.lan import SEGMENT_BYTES, Conditions, Lan, Line, Link, Wire
+from tools.lan import SEGMENT_BYTES, Conditions, Lan, Line, Link, Wire
 
 PATIENCE_S = 30
 

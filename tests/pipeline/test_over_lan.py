@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.pipeline.fleet import MODES, N_TOKENS, START_S, Completion, Fleet, collect, running_fleet
-from tests.pipeline.lan import Conditions, Lan, Link
+from tools.lan import Conditions, Lan, Link
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""A LAN for the tests: TCP links between processes of this machine that are slow, uneven, lossy, or cut.
+"""A LAN on this machine: TCP links between processes of this machine that are slow, uneven, lossy, or cut.
 
 A `Lan` runs in a thread. Each `Link` listens on a loopback port and forwards what connects there to a server's
 endpoint, which may be a socket file. Bytes arrive unchanged and in order, as TCP has it, but later: see `Line`.
