@@ -199,10 +199,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """draft: "auto", "none", or a draft worker's instance name. n_max: most proposals verified in a step."""
+    """draft: "auto", "none", or a draft worker's instance name. n_max: most proposals verified in a step.
+
+    n_min: where fewer would be verified, none are. p_min: a proposal in which the draft has less confidence is not
+    verified, nor is what follows it. Both as in llama-server; bounds on what the verifier chooses by itself.
+    """
 
     draft: Name = "auto"
     n_max: Annotated[int, Range(0, MAX_RUN)] = MAX_RUN
+    n_min: Annotated[int, Range(0, MAX_RUN)] = 0
+    p_min: Annotated[float, Range(0.0, 1.0)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +299,7 @@ class OpenTarget:
     tokens: TokenArray
     sampling: SamplingParams
     limits: Limits
-    n_max: Annotated[int, Range(0, MAX_RUN)]
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,7 @@ class RouterService(Service):
         verifier.sessions.add(session.id)
         opened = self._send(
             verifier,
-            OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation.n_max),
+            OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
         )
         if not opened:
             self._forget(session)

@@ -232,7 +232,7 @@ class Candidate:
     reach: of each proposal that may be verified, in order: the probability that it and all before it are accepted.
     next_s: until the next proposal arrives, None where nothing is expected. token_s: between further ones. typical:
     acceptance of those. kept: how often arrivals kept their time. room: proposals beyond `reach` that might still be
-    verified.
+    verified. least: where fewer would be verified, none are.
     """
 
     reach: Sequence[float]
@@ -241,6 +241,7 @@ class Candidate:
     typical: float = 0.5
     kept: float = 1.0
     room: int = 0
+    least: int = 0
 
 
 class LengthController:
@@ -277,7 +278,8 @@ class LengthController:
         if not self.costs.known:
             # Without a figure what is there is verified, which gives one.
             for i, session in enumerate(sessions):
-                best[i] = min(len(session.reach), left)
+                there = min(len(session.reach), left)
+                best[i] = there if there >= session.least else 0
                 left -= best[i]
             return best
         rate, rows = self.rate, len(sessions)
@@ -296,11 +298,14 @@ class LengthController:
                 most, best = gain - rate * (highest - cost), tried.copy()
             if tried[i] < len(sessions[i].reach):
                 heapq.heappush(heap, (-sessions[i].reach[tried[i]], i))
+        for i, session in enumerate(sessions):
+            if 0 < best[i] < session.least:
+                best[i] = 0  # the request wants so many or none
         if sum(best) == 0 and self._steps % _EXPLORE_EVERY == 0:
             # What is never tried is never known to have become worth it.
             first = max(range(len(sessions)), key=lambda i: max(sessions[i].reach, default=0.0), default=None)
-            if first is not None and sessions[first].reach and room > 0:
-                best[first] = 1
+            if first is not None and max(1, sessions[first].least) <= min(room, len(sessions[first].reach)):
+                best[first] = max(1, sessions[first].least)
         return best
 
     def patience(self, sessions: Sequence[Candidate], lengths: Sequence[int], room: int) -> tuple[float, int] | None:

@@ -8,12 +8,13 @@ waiting for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from services.verifier import policy
-from services.verifier.controller import Candidate, LengthController
+from services.verifier.controller import LengthController
 from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
@@ -187,13 +188,13 @@ class Stepper:
     def _open(self, message: OpenTarget) -> None:
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
-        n_max = min(self._n_max, message.n_max)
+        speculation = replace(message.speculation, n_max=min(self._n_max, message.speculation.n_max))
         session = TargetSession(
             message.session,
             message.tokens,
             message.sampling,
             limits,
-            n_max,
+            speculation,
             monotonic_us(),
             self.controller.calibration,
         )
@@ -223,7 +224,7 @@ class Stepper:
         sessions = list(self._running.values())
         if any(session.pending > 1 for session in sessions):
             return 0.0
-        candidates = [self._candidate(session, now_us) for session in sessions]
+        candidates = [session.candidate(now_us) for session in sessions]
         if all(candidate.next_s is None for candidate in candidates):
             return 0.0
         room = max(0, self._decode_rows - len(sessions))
@@ -243,29 +244,11 @@ class Stepper:
     def _lengths(self, sessions: Sequence[TargetSession]) -> dict[int, int]:
         """How many proposals of each decoding session are verified, by session."""
         if self._fixed:
-            return {session.id: len(session.chain) for session in sessions}
+            return {session.id: _fixed(session) for session in sessions}
         decoding = [session for session in sessions if session.pending == 1]
-        candidates = [self._candidate(session, None) for session in decoding]
+        candidates = [session.candidate() for session in decoding]
         lengths = self.controller.choose(candidates, max(0, self._decode_rows - len(decoding)))
         return {session.id: length for session, length in zip(decoding, lengths, strict=True)}
-
-    def _candidate(self, session: TargetSession, now_us: int | None) -> Candidate:
-        """now_us: for what is expected of its draft, None where that is not needed."""
-        most = self._most(session)
-        arrivals = session.arrivals
-        return Candidate(
-            session.reach(most),
-            next_s=None if now_us is None else arrivals.expected(now_us / 1e6),
-            token_s=arrivals.token_s or 0.0,
-            typical=session.calibration.typical(len(session.chain)),
-            kept=arrivals.kept,
-            room=most - len(session.chain),
-        )
-
-    def _most(self, session: TargetSession) -> int:
-        """Proposals that may be verified at most; never one past the last token wanted."""
-        generated = len(session.prefix) - session.n_prompt
-        return max(0, min(session.n_max, session.limits.max_tokens - generated - 1))
 
     def _learn(
         self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int, n_committed: int
@@ -283,7 +266,11 @@ class Stepper:
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt
         return policy.Ready(
-            session.pending, session.cached, n_proposals, session.n_max, session.limits.max_tokens - generated
+            session.pending,
+            session.cached,
+            n_proposals,
+            session.speculation.n_max,
+            session.limits.max_tokens - generated,
         )
 
     def _commit(self, session: TargetSession, tokens: Sequence[int], n_accepted: int, finish: FinishReason) -> None:
@@ -328,3 +315,8 @@ class Stepper:
         self._engine.truncate(session.slot, session.cached)  # what the table does not know of, it could not evict
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
         del self._running[session.id]
+
+
+def _fixed(session: TargetSession) -> int:
+    usable = session.usable
+    return usable if usable >= session.speculation.n_min else 0

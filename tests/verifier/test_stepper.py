@@ -33,6 +33,7 @@ from shared.messages import (
     OpenSampling,
     OpenTarget,
     Proposal,
+    Speculation,
     TargetStats,
     Verify,
 )
@@ -204,11 +205,13 @@ class World:
 
     def open(
         self, session: int, prompt: Sequence[int], sampling: SamplingParams = GREEDY, max_tokens: int = 12,
-        stop: Sequence[int] = (), n_max: int = 64,
+        stop: Sequence[int] = (), **speculation: Any,
     ) -> None:  # fmt: skip
         self.prompts[session], self.texts[session], self.commits[session] = list(prompt), list(prompt), []
         limits = Limits(max_tokens, tuple(stop))
-        self.stepper.receive(OpenTarget(session, np.array(prompt, np.int32), sampling, limits, n_max))
+        self.stepper.receive(
+            OpenTarget(session, np.array(prompt, np.int32), sampling, limits, Speculation(**speculation))
+        )
 
     def propose(self, session: int, run: Sequence[int]) -> None:
         """As a draft worker that knows all commits."""
