@@ -314,7 +314,8 @@ class Proposal:
     """Draft -> router -> verifier: tokens that continue the prefix named by its length and hash.
 
     start: position of tokens[0]. prefix_hash: of the session's tokens before `start` (`shared/prefix.py`).
-    confidence: the draft's probability of each token. The q arrays are empty except under rejection sampling: the
+    confidence: how sure the draft is that the target says the same, for each token (`shared/sampling/drafting.py`). The
+    q arrays are empty except under rejection sampling: the
     sparse distributions that the tokens were drawn from, q_counts[i] entries for token i.
     prefill_us, decode_us: the engine time that this run cost, for statistics.
     """

@@ -27,8 +27,8 @@ Distribution = tuple[Int32, Float32]
 
 @dataclass(slots=True)
 class Proposed:
-    """A proposed token. q: what it was drawn from, under rejection sampling. confidence: the draft's probability of it,
-    None where it gave none."""
+    """A proposed token. q: what it was drawn from, under rejection sampling. confidence: how sure the draft
+    is of it, None where it did not say."""
 
     token: int
     q: Distribution | None = None
