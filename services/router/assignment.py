@@ -53,7 +53,9 @@ class Assignment:
         elif proposal.prefill_us and self.n_opened > self._window:
             self._worker.prefilled(self.n_opened, proposal.prefill_us / 1e6, now)
         self.answered = True
-        self._owes_since = self._arrived_at = now if self._has_room() else None
+        self._arrived_at = now if self._has_room() else None
+        if self._run.alive:  # what goes on against better knowledge answers nothing
+            self._owes_since = self._arrived_at
         return received
 
     def commit(self, commit: Commit, now: float) -> list[bool]:

@@ -55,6 +55,11 @@ class ProposedRun:
         return max(self._committed, self._start + len(self._tokens)) if self._right else self._committed
 
     @property
+    def alive(self) -> bool:
+        """Whether nothing final contradicts the run, as far as is known."""
+        return self._right
+
+    @property
     def room(self) -> int:
         """How many more tokens the worker may propose now."""
         return max(0, self._window - (self.end - self._committed))
@@ -65,7 +70,11 @@ class ProposedRun:
         return self._tokens[-1] if self.end > self._committed else None
 
     def propose(self, start: int, prefix_hash: int, tokens: Sequence[int]) -> Received:
-        """Take a proposal in; one with an offence changes nothing."""
+        """Take a proposal in.
+
+        One whose hash is wrong is followed all the same, as a run of its own: it may be a lie, or the first after one
+        that was lost, and in that case those after it are to be recognized.
+        """
         if start < self._opened:
             return Received(f"position {start} lies before what it was given")
         if start + len(tokens) > self._committed + self._window:
@@ -73,7 +82,7 @@ class ProposedRun:
         self._allowance -= len(tokens)
         if self._allowance < 0:
             return Received("it floods: more proposals than its window allows")
-        end = self._start + len(self._tokens)
+        end, offence = self._start + len(self._tokens), ""
         if self._tokens and self._start <= start <= end and self._hashes[start - self._start] == prefix_hash:
             continued = start == end and self._right
             keep = start - self._start
@@ -82,15 +91,15 @@ class ProposedRun:
         else:
             final = self._final_hash(start)
             if final is not None and final != prefix_hash:
-                return Received("its prefix hash is not that of the session")
-            if final is None and self._tokens and start <= end:
-                return Received("its prefix hash is not that of its own proposals")
+                offence = "its prefix hash is not that of the session"
+            elif final is None and self._tokens and self._start <= start <= end:
+                offence = "its prefix hash is not that of its own proposals"
             continued = False
             self._start, self._tokens, self._hashes, self._right = start, [], [prefix_hash], True
         for token in tokens:
             self._tokens.append(token)
             self._hashes.append(extend(self._hashes[-1], token))
-        return Received("", continued)
+        return Received(offence, continued)
 
     def commit(self, prefix_hash: int, tokens: Sequence[int]) -> list[bool]:
         """Take the next final tokens in; returns a hit or a miss for each proposal that this decides."""

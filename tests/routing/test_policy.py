@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.routing.figures import WorkerFigures
+from shared.routing.figures import SessionFigures, WorkerFigures
+from shared.routing.lookup import LookupFigures
 from shared.routing.policy import MARGIN, Asked, Candidate, Choice, Policy, Target, place
 from shared.routing.score import step_cost
 from shared.speculation.cost import StepCost
@@ -219,3 +220,43 @@ def test_sessions_are_placed_by_expected_speed() -> None:
         order.append(target.instance)
     assert order[:3] == ["quick"] * 3
     assert sessions["quick"] > sessions["slow"] > 0
+
+
+# -- prompt lookup beside a model --
+
+
+def with_text(prompt: list[int], text: list[int]) -> Asked:
+    """A session that has read a prompt and written a text."""
+    lookup = LookupFigures(prompt)
+    for start in range(0, len(text), 3):
+        lookup.commit(text[start : start + 3])
+    return Asked(figures=SessionFigures(lookup=lookup), n_tokens=len(prompt) + len(text))
+
+
+def test_lookup_takes_over_where_text_is_copied() -> None:
+    """With a model worker of average quality drafting, prompt lookup gets the session once it copies its prompt, and
+    gives it back when it does not any more."""
+    chance = random.Random(8)
+    page, other = ([chance.randrange(8000) for _ in range(600)] for _ in range(2))
+    model, lookup = worker("model", 0.02, 0.7), worker("lookup", engine="ngram", slots=256)
+    copying, writing = with_text(page, page[:300]), with_text(page, other)
+    choice = policy().again(copying, model, [model, lookup], NOW)
+    assert choice is not None
+    assert choice.instance == "lookup"
+    assert policy().again(copying, lookup, [model, lookup], NOW) is None
+    assert policy().again(writing, model, [model, lookup], NOW) is None
+    choice = policy().again(writing, lookup, [model, lookup], NOW)
+    assert choice is not None
+    assert choice.instance == "model"
+
+
+def test_a_lookup_worker_that_does_not_look_up_is_found_out() -> None:
+    """Proposals that are worse than what lookup would have given count against it."""
+    chance = random.Random(8)
+    page = [chance.randrange(8000) for _ in range(600)]
+    asked = with_text(page, page[:300])
+    lookup = worker("lookup", engine="ngram")
+    before = policy().rate(asked, lookup, NOW)
+    asked.figures.judged("lookup", 0, 60, NOW)
+    assert before > 2 * asked.plain
+    assert policy().rate(asked, lookup, NOW) < 1.2 * asked.plain
