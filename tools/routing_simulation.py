@@ -17,7 +17,15 @@ from dataclasses import dataclass, field, replace
 from rich.table import Table
 
 from shared.routing.figures import SessionFigures, WorkerFigures
-from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, TRIAL_COMMITS, Asked, Candidate, Policy
+from shared.routing.policy import (
+    MOST_REVIEW_COMMITS,
+    REVIEW_COMMITS,
+    SOON_COMMITS,
+    TRIAL_COMMITS,
+    Asked,
+    Candidate,
+    Policy,
+)
 from shared.routing.score import STEP_PRIOR, Drafting, after_prefill, beside, expected_rate
 from shared.speculation.cost import StepCost
 
@@ -188,7 +196,7 @@ class _Play:
                 session.worker = None
         if there - self.there:
             for session in self.sessions:
-                session.review_in = min(session.review_in, 1)
+                session.review_in = min(session.review_in, SOON_COMMITS)
         self.there = there
         for worker in self.scene.workers:  # pings
             if worker.name in there:

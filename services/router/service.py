@@ -141,7 +141,7 @@ class RouterService(Service):
             if session.draft is None:
                 self._assign(session)
             else:
-                session.review_in = min(session.review_in, 1)
+                session.review_soon()
 
     def _vocabulary_mismatch(self, hello: Hello) -> Error | None:
         if hello.role != "draft" or not hello.vocab_fingerprint:
@@ -216,7 +216,7 @@ class RouterService(Service):
             self._demote(record, f"it stalls: it has owed a proposal for {owed_s:.1f} s")
         elif record.degraded(now):
             for session in sessions:
-                session.review_in = min(session.review_in, 1)
+                session.review_soon()
 
     def _on_refused(self, link_name: str, peer_id: bytes, error: Error) -> None:
         peer = self._peers.get(link_name, peer_id)

@@ -11,7 +11,7 @@ from services.router.assignment import Assignment
 from services.router.peers import Peer
 from shared.messages import Commit, DraftStats, Generate, Proposal
 from shared.routing.figures import SessionFigures
-from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, TRIAL_COMMITS, Choice
+from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, SOON_COMMITS, TRIAL_COMMITS, Choice
 
 
 @dataclass(slots=True)
@@ -55,6 +55,10 @@ class Session:
         """Its worker was considered just now."""
         usual = min(MOST_REVIEW_COMMITS, REVIEW_COMMITS << min(self.n_moves, 10))
         self.review_in = TRIAL_COMMITS if self.choice is not None and self.choice.trial else usual
+
+    def review_soon(self) -> None:
+        """Other workers have become better, or its own has become worse."""
+        self.review_in = min(self.review_in, SOON_COMMITS)
 
     def drafted(self, proposal: Proposal) -> None:
         """Count a run that the worker has sent for the first time (a resent one cost it nothing)."""

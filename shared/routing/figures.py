@@ -71,7 +71,9 @@ class TokenTimes:
         self._by_load: dict[int, FadingMean] = {}
 
     def observe(self, seconds: float, n_tokens: int, load: int, now: float) -> None:
-        mean = self._by_load.setdefault(max(1, load), FadingMean(_TIME_HALF_LIFE_S, _MOST_TOKENS))
+        mean = self._by_load.get(load)
+        if mean is None:
+            mean = self._by_load[load] = FadingMean(_TIME_HALF_LIFE_S, _MOST_TOKENS)
         mean.observe(seconds, n_tokens, now)
 
     def seconds(self, load: int, now: float, prior: float) -> float:
@@ -171,7 +173,9 @@ class SessionFigures:
     lookup: LookupFigures | None = None
 
     def judged(self, worker: str, hits: int, trials: int, now: float) -> None:
-        mean = self.by_worker.setdefault(worker, FadingMean(_SESSION_HALF_LIFE_S, _MOST_SESSION_TRIALS))
+        mean = self.by_worker.get(worker)
+        if mean is None:
+            mean = self.by_worker[worker] = FadingMean(_SESSION_HALF_LIFE_S, _MOST_SESSION_TRIALS)
         mean.observe(hits / trials, trials, now)
 
     def ease(self, known: Mapping[str, WorkerFigures], now: float) -> float:

@@ -59,15 +59,13 @@ class LookupFigures:
             self._index.extend((token,))
 
     def _see(self, proposed: list[int], token: int) -> None:
-        right = bool(proposed) and proposed[0] == token
-        for name, value in (
-            ("_positions", 1.0),
-            ("_covered", float(bool(proposed))),
-            ("_right", float(right)),
-            ("_after_right", float(self._was_right and bool(proposed))),
-            ("_right_again", float(self._was_right and right)),
-        ):
-            setattr(self, name, getattr(self, name) * _FADE + value)
+        covered = bool(proposed)
+        right = covered and proposed[0] == token
+        self._positions = self._positions * _FADE + 1
+        self._covered = self._covered * _FADE + covered
+        self._right = self._right * _FADE + right
+        self._after_right = self._after_right * _FADE + (self._was_right and covered)
+        self._right_again = self._right_again * _FADE + (self._was_right and right)
         self._was_right = right
 
     def shares(self, prior: LookupShares = PRIOR) -> LookupShares:

@@ -22,6 +22,8 @@ REVIEW_COMMITS = 32
 MOST_REVIEW_COMMITS = 512
 TRIAL_COMMITS = 16
 """The same for a session that tries a worker."""
+SOON_COMMITS = 8
+"""The same when a worker has come or has changed: not at once, as the figures of the first tokens are noise."""
 MOST_TOKENS_LEFT = 512
 """What a move has to pay within: most generations end before their limit."""
 _LEAST_FOR_TRIAL = 64
