@@ -16,6 +16,8 @@ STEP_PRIOR = StepCost.linear(0.15, 0.39)
 """Of a target that has not said what its steps cost: experts in RAM. Only ratios of scores matter."""
 MOST_LENGTH = 16
 _NEGLIGIBLE = 0.01
+_MOST_ACCEPTANCE = 0.97
+"""More is worth hardly more, and nearer to 1 the model takes the longer to compute, up to a second."""
 _PATIENCE = 2
 """Lengths without a gain after which no longer one is tried."""
 
@@ -58,7 +60,7 @@ def expected_rate(step: StepCost, drafting: Drafting, n_max: int = MOST_LENGTH) 
         step,
         _rounded(max(drafting.token_s, 1e-6)),
         _rounded(drafting.rtt_s),
-        tuple(round(share, 2) for share in drafting.shares),
+        tuple(round(min(share, _MOST_ACCEPTANCE), 2) for share in drafting.shares),
         min(n_max, MOST_LENGTH),
     )
     return 1 / (drafting.coverage / best + (1 - drafting.coverage) / plain)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.routing.score import STEP_PRIOR, Drafting, after_prefill, beside, expected_rate, step_cost
-from shared.speculation.cost import Acceptance, Speculation
+from shared.speculation.cost import Acceptance, Speculation, StepCost
 
 draftings = st.builds(
     Drafting,
@@ -33,6 +33,21 @@ def test_it_is_the_best_length_of_the_model(token_s: float, rtt_s: float, accept
     whole = Speculation(STEP_PRIOR, token_s, rtt_s, Acceptance((acceptance,)))
     best = max(whole.overlapped(n) for n in range(17))
     assert expected_rate(STEP_PRIOR, Drafting(token_s, rtt_s, (acceptance,))) == pytest.approx(best, rel=0.03)
+
+
+def test_certain_acceptance_takes_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's event loop waits for the answer: no acceptance makes the model walk through thousands of steps."""
+    steps = 0
+    seconds = StepCost.seconds
+
+    def counted(cost: StepCost, rows: int) -> float:
+        nonlocal steps
+        steps += 1
+        return seconds(cost, rows)
+
+    monkeypatch.setattr(StepCost, "seconds", counted)
+    expected_rate(StepCost.linear(0.123, 0.0), Drafting(0.003, 0.001, (1.0,)))
+    assert steps < 2000
 
 
 def test_coverage_blends_with_plain_decoding() -> None:
