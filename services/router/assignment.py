@@ -12,6 +12,8 @@ _STALL_FLOOR_S = 2.0
 _STALL_TOKENS = 50
 _STALL_ROUND_TRIPS = 4
 _STALL_PREFILLS = 4
+_SLOWEST_PREFILL = 20.0
+"""Tokens a second that a worker may read when nothing is known of how fast it does."""
 _FIRST_PATIENCE_S = 60.0
 """For a worker that never proposed anything: engines prepare themselves when they are first used."""
 
@@ -81,7 +83,10 @@ class Assignment:
             return 0.0
         patience_s = max(_STALL_FLOOR_S, _STALL_TOKENS * self._worker.token_s(load, now))
         patience_s += _STALL_ROUND_TRIPS * (self._worker.rtt_s or 0.0)
-        patience_s += _STALL_PREFILLS * self._worker.prefill_s(reading, now)
+        if self._worker.has_prefilled():
+            patience_s += _STALL_PREFILLS * self._worker.prefill_s(reading, now)
+        else:
+            patience_s += reading / _SLOWEST_PREFILL
         if not self._worker.measured():
             patience_s += _FIRST_PATIENCE_S
         owed_s = now - self._owes_since

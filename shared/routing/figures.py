@@ -142,6 +142,10 @@ class WorkerFigures:
             return 0.0
         return n_tokens * self._prefill.value(now, 1 / PREFILL_PRIOR, _PRIOR_PREFILL)
 
+    def has_prefilled(self) -> bool:
+        """Whether its prefill was ever measured; short prompts do not tell."""
+        return self._prefill.observed_at is not None
+
     def acceptance(self, now: float) -> float:
         """The probability that a proposal is right, given that those before it were."""
         return self._acceptance.value(now, self._usual_acceptance, _PRIOR_TRIALS)

@@ -83,7 +83,7 @@ class ProposedRun:
         if self._allowance < 0:
             return Received("it floods: more proposals than its window allows")
         end, offence = self._start + len(self._tokens), ""
-        if self._tokens and self._start <= start <= end and self._hashes[start - self._start] == prefix_hash:
+        if self._hashes and self._start <= start <= end and self._hashes[start - self._start] == prefix_hash:
             continued = start == end and self._right
             keep = start - self._start
             del self._tokens[keep:]

@@ -941,6 +941,29 @@ def test_a_session_moves_to_a_better_worker(own_router: Callable[..., tuple[Proc
     assert gateway.expect(Finished).draft.worker_changes == 1
 
 
+def test_prompt_lookup_takes_over_where_text_is_copied(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """A model that drafts slowly loses a session that repeats its prompt to the n-gram worker, without a trial."""
+    process, net = own_router(*DEMOTING)
+    verifier, gateway = net.verifier(), net.gateway()
+    lookup = net.joined(Hello("draft", "lookup", 1, "ngram", n_slots=256))
+    model = net.draft("model")
+    page = list(range(10, 30))
+    gateway.generate(1, page, limits=Limits(1000))
+    session, text = model.expect(OpenDraft).session, list(page)
+    verifier.expect(OpenTarget)
+    while net.cli.status().sessions[0].worker == "model":
+        token = page[len(text) % len(page)]
+        model.send(Proposal(session, len(text), TokenPrefix(text).hash, (token,), decode_us=300_000))
+        verifier.expect(Proposal)
+        verifier.send(commit(session, text, token))
+        gateway.expect(Tokens)
+        model.expect(Commit)
+        assert len(text) < 400, net.cli.status()
+    assert process.logged("draft_moved")["worker"] == "lookup"
+    assert model.expect(Close).session == session
+    assert written(lookup.expect(OpenDraft), lookup, text) == text
+
+
 def test_sessions_go_to_the_quicker_verifier(net: Net) -> None:
     """Once both say what their steps cost, the quick one gets the first two of three sessions; drafts serve both."""
     gateway = net.gateway()
