@@ -25,13 +25,14 @@ MAX_RUN = 64
 """Most tokens in one proposal, and most proposals verified in one step of a session."""
 MAX_STEP_SESSIONS = 256
 MAX_TEXT = 8 << 20
+MAX_MICROS = 2**53
 
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
 VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 Position = Annotated[int, Range(0, MAX_CONTEXT)]
-Micros = Annotated[int, Range(0, 2**53)]
+Micros = Annotated[int, Range(0, MAX_MICROS)]
 Name = Annotated[str, Range(0, 200)]
 Sentence = Annotated[str, Range(0, 4000)]
 Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
@@ -517,7 +518,7 @@ class WorkerStatus:
     model: Name
     state: WorkerState
     reason: Sentence
-    retry_ms: Micros
+    retry_ms: U32
     n_demotions: U32
     n_sessions: U32
     n_slots: U32

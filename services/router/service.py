@@ -111,7 +111,8 @@ class RouterService(Service):
             self._reply(link_name, peer_id, Error(0, "wrong_socket", f"a {hello.role} has no business at this socket"))
             return
         known = self._peers.get(link_name, peer_id)
-        if known is not None and known.hello == hello:
+        joined = known is None or known.hello != hello
+        if known is not None and not joined:
             known.heard(time.monotonic())
         else:
             previous = known or self._peers.named(hello.role, hello.instance)
@@ -128,9 +129,9 @@ class RouterService(Service):
             self.log.info("peer_joined", role=hello.role, peer=hello.instance, engine=hello.engine, model=hello.model)
         self._reply(link_name, peer_id, Welcome(self._boot, self.settings.router.heartbeat_ms))
         self._reply(link_name, peer_id, Ping(time.monotonic_ns()))
-        if known is None and hello.role == "verifier":
+        if joined and hello.role == "verifier":
             self._refuse_mismatched_drafts()
-        if known is None and hello.role == "draft":
+        if joined and hello.role == "draft":
             self._offer(self._workers[hello.instance])
 
     def _offer(self, record: WorkerRecord) -> None:

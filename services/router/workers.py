@@ -1,6 +1,7 @@
 """What the router knows of each draft worker by name: its figures and its record outlive the process.
 
-Invariant: one `WorkerRecord` a name that ever registered; `peer` is there exactly while it is registered.
+Invariant: one `WorkerRecord` a name; `peer` is there exactly while it is registered. Of more than a thousand names,
+those that are away are forgotten, the oldest first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from shared.messages import Hello
 from shared.routing.figures import WorkerFigures
 from shared.routing.policy import Candidate
 
+_MOST_RECORDS = 1024
 _DEGRADED = 1.5
 """Times its token time at the last look: its sessions are to be considered again."""
 
@@ -80,6 +82,9 @@ class WorkerTable:
         hello = peer.hello
         record = self._records.get(hello.instance)
         if record is None:
+            away = (name for name, other in self._records.items() if other.peer is None)
+            if len(self._records) >= _MOST_RECORDS and (oldest := next(away, None)) is not None:
+                del self._records[oldest]
             record = WorkerRecord(hello, WorkerFigures(hello.engine), Health(self._first_back_off_s, now))
             self._records[hello.instance] = record
         elif (record.hello.engine, record.hello.model) != (hello.engine, hello.model):

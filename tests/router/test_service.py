@@ -280,6 +280,20 @@ def test_a_restarted_peer_replaces_its_predecessor(net: Net) -> None:
     assert [p.instance for p in net.cli.status().peers if p.role == "draft"] == ["a"]
 
 
+def test_a_peer_that_begins_again_on_its_connection_gets_sessions(net: Net) -> None:
+    """A worker that took the router for lost says Hello with a new boot: its session comes back to it, with all
+    tokens."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    verifier.send(commit(session, text, 4))
+    worker.expect(Commit)
+    worker.hello = draft_hello("a")
+    worker.join()
+    assert worker.expect(OpenDraft).tokens.tolist() == text
+
+
 # -- vocabulary --
 
 
@@ -977,6 +991,27 @@ def test_sessions_go_to_the_quicker_verifier(net: Net) -> None:
         gateway.generate(request)
     sessions = {quick.expect(OpenTarget).session for _ in range(2)} | {slow.expect(OpenTarget).session}
     assert {worker.expect(OpenDraft).session for _ in range(3)} == sessions
+
+
+def test_the_status_can_be_read_whatever_a_worker_says_of_itself(net: Net) -> None:
+    """Times that cannot be, the longest and the shortest, do not make the router's answer unreadable."""
+    verifier, gateway, boaster = net.verifier(), net.gateway(), net.draft("a")
+    for prefill_us, decode_us in ((1, 2**53), (2**53, 1)):
+        gateway.generate(1, list(range(20)))
+        session, text = boaster.expect(OpenDraft).session, list(range(20))
+        verifier.expect(OpenTarget)
+        for _ in range(3):
+            costs = {"prefill_us": prefill_us, "decode_us": decode_us}
+            boaster.send(Proposal(session, len(text), TokenPrefix(text).hash, (5,), **costs))
+            verifier.expect(Proposal)
+            verifier.send(commit(session, text, 5))
+            boaster.expect(Commit)
+            gateway.expect(Tokens)
+            assert worker_status(net, "a").n_sessions == 1
+        verifier.send(commit(session, text, 9, finish="stop"))
+        boaster.expect(Close)
+        gateway.expect(Tokens)
+        gateway.expect(Finished)
 
 
 def test_a_report_that_cannot_be_is_refused(net: Net) -> None:
