@@ -25,13 +25,14 @@ MAX_RUN = 64
 """Most tokens in one proposal, and most proposals verified in one step of a session."""
 MAX_STEP_SESSIONS = 256
 MAX_TEXT = 8 << 20
+MAX_MICROS = 2**53
 
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
 VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 Position = Annotated[int, Range(0, MAX_CONTEXT)]
-Micros = Annotated[int, Range(0, 2**53)]
+Micros = Annotated[int, Range(0, MAX_MICROS)]
 Name = Annotated[str, Range(0, 200)]
 Sentence = Annotated[str, Range(0, 4000)]
 Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
@@ -351,6 +352,16 @@ class Commit:
     stats: TargetStats | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Verifier -> router, now and then while it steps: what steps of so many rows cost lately.
+
+    points: (rows, microseconds), rows ascending, the first of 1 row.
+    """
+
+    points: Annotated[tuple[tuple[U32, Micros], ...], Range(1, 64)]
+
+
 # --- Router <-> draft -------------------------------------------------------------------------------------------------
 
 
@@ -480,7 +491,7 @@ class GetStatus:
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: registered, and not draining."""
+    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: neither draining nor demoted."""
 
     role: Role
     instance: Name
@@ -496,22 +507,71 @@ class PeerStatus:
     alive: bool
 
 
+WorkerState = Literal["ok", "probation", "demoted", "away"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A draft worker as the router judges it, of those there were since the router started.
+
+    state: "ok"; "demoted": kept out for `reason`, for retry_ms more if it is there all the time; "probation": it gets
+    one session to prove itself; "away": not registered now. token_us: time of a token of one session, with the sessions
+    it has. prefill_per_s: prompt tokens. acceptance: of a proposal, given that those before it were right, by n_judged
+    of them. speed_up: expected tokens/s with it, relative to plain decoding, for one session more.
+    """
+
+    instance: Name
+    engine: Name
+    model: Name
+    state: WorkerState
+    reason: Sentence
+    retry_ms: U32
+    n_demotions: U32
+    n_sessions: U32
+    n_slots: U32
+    rtt_us: Micros
+    token_us: Micros
+    prefill_per_s: U32
+    acceptance: Annotated[float, Range(0, 1)]
+    n_judged: U32
+    speed_up: Annotated[float, Range(0, 1e6)]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """A generation in progress. worker: who drafts for it, empty for plain decoding. why: the choice in words.
+
+    acceptance: of this worker's proposals here. speed_up: expected when it was chosen, relative to plain decoding.
+    """
+
+    session: U64
+    verifier: Name
+    worker: Name
+    why: Sentence
+    n_tokens: Position
+    n_moves: U32
+    acceptance: Annotated[float, Range(0, 1)]
+    speed_up: Annotated[float, Range(0, 1e6)]
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Router -> CLI or gateway."""
+    """Router -> CLI or gateway. sessions: the oldest 1,024."""
 
     ref: U64
     version: Name
     uptime_s: U32
     n_sessions: U32
     peers: Annotated[tuple[PeerStatus, ...], Range(0, 1024)]
+    workers: Annotated[tuple[WorkerStatus, ...], Range(0, 1024)] = ()
+    sessions: Annotated[tuple[SessionStatus, ...], Range(0, 1024)] = ()
 
 
 Message = (
     Hello | Welcome | Ping | Pong | Goodbye | Error
     | Describe | Description | Encode | Encoded | Decode | Decoded
     | Generate | Cancel | Tokens | Finished
-    | OpenTarget | Close | Proposal | Commit | OpenDraft
+    | OpenTarget | Close | Proposal | Commit | StepReport | OpenDraft
     | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
     | GetStatus | Status
 )  # fmt: skip

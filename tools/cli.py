@@ -243,6 +243,49 @@ def generate(
     run_generate(_settings(config, overrides, run_dir), options, url=url, marks=marks, as_json=as_json)
 
 
+@app.command("workers")
+def workers_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, one object.")] = False,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.1, metavar="SECONDS", help="Show it again so often, until Ctrl-C.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Show how good the draft workers are, and who drafts for what.
+
+    \b
+    state      ok; demoted, with the reason: it gets no generations for a while; probation: one, to prove itself;
+               away: not connected
+    tokens/s   drafted for one generation, with as many as it has now
+    accepted   of its proposals whose predecessors were right, how many were right (of how many)
+    speed-up   expected with it, relative to plain decoding, for one generation more; ?: a guess, not measured yet
+
+    \b
+    Examples:
+      draftwire workers
+      draftwire workers --watch 2
+      draftwire workers --json | jq '.workers[] | {instance, state, speed_up}'
+    """
+    from rich.console import Console
+
+    from shared.messages import Status
+    from tools.workers import print_workers, show_workers, workers_json
+
+    console = Console(markup=False, highlight=False)
+
+    def show(status: Status) -> None:
+        if as_json:
+            print(json.dumps(workers_json(status), indent=None if watch else 2), flush=True)
+        else:
+            if watch and console.is_terminal:
+                console.clear()
+            print_workers(status, console)
+
+    show_workers(_settings(config, overrides, run_dir), show, watch)
+
+
 @app.command()
 def demo(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Instead of the bundled code.")] = None,

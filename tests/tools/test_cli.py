@@ -21,7 +21,7 @@ from tools.supervisor import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
-COMMANDS = ("up", "service", "generate", "demo", "doctor", "perplexity", "estimate", "bench", "bench engine")
+COMMANDS = ("up", "service", "generate", "workers", "demo", "doctor", "perplexity", "estimate", "bench", "bench engine")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def test_help_lists_every_command() -> None:
     """`draftwire --help` names the commands, each with a whole sentence."""
     out = draftwire("--help").out
     listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert listed == ["up", "service", "generate", "demo", "doctor", "perplexity", "estimate", "bench"]
+    assert listed == ["up", "service", "generate", "workers", "demo", "doctor", "perplexity", "estimate", "bench"]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 
 
