@@ -247,7 +247,7 @@ class TargetStats:
     by_depth: for each depth (proposed, accepted). n_cached: prompt tokens that were not computed again.
     prefill_us, verify_us: in the target engine. sample_us: in the sampler. wire_us: the exchange with the sampler
     beyond that. wait_us: the rest of the time between first commit and end. full_rows: rows that had to travel whole.
-    n_stale: proposed tokens that came too late to be verified.
+    n_stale: proposed tokens that came too late to be verified. session: its id.
     """
 
     n_prompt: Position = 0
@@ -266,6 +266,7 @@ class TargetStats:
     sample_us: Micros = 0
     wire_us: Micros = 0
     wait_us: Micros = 0
+    session: U64 = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,11 +568,57 @@ class Status:
     sessions: Annotated[tuple[SessionStatus, ...], Range(0, 1024)] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class GetExplanation:
+    """CLI -> router -> verifier: why did steps verify so many proposals? session 0: the one opened last."""
+
+    ref: U64
+    session: U64
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecision:
+    """What a step decided for one session, and on what grounds.
+
+    position: of the first token that the step decided. waited_us: for proposals, after the step before. reach: of each
+    proposal that was there and might be verified, the expected probability that it and all before it are accepted.
+    length: proposals verified. n_accepted: of these. rows: of the step, of all n_sessions of it. rate: tokens/s that
+    were reached lately, the price of time. step_us: expected of the step with these rows; further_us: with one more;
+    took_us: it really took.
+    """
+
+    position: Position
+    waited_us: Micros
+    reach: Annotated[tuple[float, ...], Range(0, MAX_RUN)]
+    length: Annotated[int, Range(0, MAX_RUN)]
+    n_accepted: Annotated[int, Range(0, MAX_RUN)]
+    n_sessions: U32
+    rows: U32
+    rate: Annotated[float, Range(0, 1e9)]
+    step_us: Micros
+    further_us: Micros
+    took_us: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Verifier -> router -> CLI: the last decisions for a session, oldest first; none: it is not known (any more).
+
+    adaptive: lengths were chosen; otherwise all proposals that were there were verified. speculation: the bounds.
+    """
+
+    ref: U64
+    session: U64
+    adaptive: bool
+    speculation: Speculation
+    decisions: Annotated[tuple[StepDecision, ...], Range(0, 4096)]
+
+
 Message = (
     Hello | Welcome | Ping | Pong | Goodbye | Error
     | Describe | Description | Encode | Encoded | Decode | Decoded
     | Generate | Cancel | Tokens | Finished
     | OpenTarget | Close | Proposal | Commit | StepReport | OpenDraft
     | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
-    | GetStatus | Status
+    | GetStatus | Status | GetExplanation | Explanation
 )  # fmt: skip

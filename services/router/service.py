@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import zmq
@@ -26,8 +28,10 @@ from shared.messages import (
     Close,
     Commit,
     Error,
+    Explanation,
     Finished,
     Generate,
+    GetExplanation,
     GetStatus,
     Goodbye,
     Hello,
@@ -37,6 +41,7 @@ from shared.messages import (
     Ping,
     Pong,
     Proposal,
+    Speculation,
     StepReport,
     TargetStats,
     Tokens,
@@ -51,6 +56,9 @@ from shared.service import Handler, Link, Service, version
 from shared.settings import Settings
 
 LOCAL, DRAFTS = "local", "drafts"
+_MAX_ENDED = 256
+"""Sessions of which it is remembered who held them."""
+_MAX_QUESTIONS = 64
 
 _TARGET_PREFILL_PRIOR_S, _PREFILL_PRIOR_TOKENS = 1 / 250, 64
 
@@ -68,6 +76,10 @@ class RouterService(Service):
         self._policy = Policy(settings.router.exploration, random.Random())
         self._sessions: dict[int, Session] = {}
         self._requests: dict[tuple[bytes, int], int] = {}
+        self._verifiers: OrderedDict[int, Peer] = OrderedDict()
+        """Who held the last sessions, also those that have ended."""
+        self._questions: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
+        """Who asked for an explanation, and by which reference, by the reference that the verifier got."""
         self._sockets: dict[str, Link] = {}
 
     async def start(self) -> None:
@@ -80,6 +92,8 @@ class RouterService(Service):
                 Commit: self._on_commit,
                 StepReport: self._on_step_report,
                 GetStatus: self._on_status,
+                GetExplanation: self._on_get_explanation,
+                Explanation: self._on_explanation,
             },
         )
         self._sockets[DRAFTS] = self._bind(DRAFTS, self.settings.endpoint("drafts"), {Proposal: self._on_proposal})
@@ -327,6 +341,9 @@ class RouterService(Service):
         self._requests[gateway.id, message.request] = session.id
         gateway.sessions.add(session.id)
         verifier.sessions.add(session.id)
+        self._verifiers[session.id] = verifier
+        if len(self._verifiers) > _MAX_ENDED:
+            self._verifiers.popitem(last=False)
         opened = self._send(
             verifier,
             OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
@@ -574,6 +591,23 @@ class RouterService(Service):
             time.monotonic(),
         )
         self._reply(LOCAL, peer_id, status)
+
+    def _on_get_explanation(self, peer_id: bytes, message: GetExplanation) -> None:
+        session = message.session or next(reversed(self._verifiers), 0)
+        verifier = self._verifiers.get(session)
+        if verifier is None or self._peers.get(verifier.link_name, verifier.id) is not verifier:
+            self._reply(LOCAL, peer_id, Explanation(message.ref, session, False, Speculation(), ()))
+            return
+        ref = random.getrandbits(63)
+        self._questions[ref] = peer_id, message.ref
+        if len(self._questions) > _MAX_QUESTIONS:
+            self._questions.popitem(last=False)
+        self._send(verifier, GetExplanation(ref, session))
+
+    def _on_explanation(self, peer_id: bytes, message: Explanation) -> None:
+        asked = self._questions.pop(message.ref, None)
+        if self._known(LOCAL, peer_id) is not None and asked is not None:
+            self._reply(LOCAL, asked[0], replace(message, ref=asked[1]))
 
     def _send(self, peer: Peer, message: Message) -> bool:
         return self._sockets[peer.link_name].send(message, peer.id)

@@ -91,6 +91,15 @@ class StepCosts:
         weight, mean = self._means.get(rows, (0.0, 0.0))
         return (weight * mean + _BUCKET_TRUST * linear) / (weight + _BUCKET_TRUST)
 
+    def points(self, most: int) -> tuple[tuple[int, int], ...]:
+        """(rows, microseconds) of 1, 2, 4, ... up to `most` rows, which do not fall; none before anything is known."""
+        points: list[tuple[int, int]] = []
+        rows = 1
+        while self.known and rows <= most:
+            points.append((rows, max(1, round(1e6 * self.seconds(rows)), points[-1][1] if points else 0)))
+            rows *= 2
+        return tuple(points)
+
     def _line(self) -> tuple[float, float]:
         """Seconds = first + second * rows, neither negative."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight

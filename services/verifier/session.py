@@ -278,4 +278,5 @@ class TargetSession:
             sample_us=c.sample_us,
             wire_us=c.wire_us,
             wait_us=max(0, decode_us - c.verify_us - c.sample_us - c.wire_us),
+            session=self.id,
         )

@@ -7,21 +7,34 @@ waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from services.verifier import policy
-from services.verifier.controller import LengthController
+from services.verifier.controller import Candidate, LengthController
+from services.verifier.explain import DecisionLog
 from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
 from shared.engine.slots import OUT_OF_PAGES, SlotTable, place_session, with_eviction
 from shared.errors import EngineError
-from shared.messages import Close, Commit, Error, FinishReason, Limits, Message, OpenTarget, Proposal
+from shared.messages import (
+    Close,
+    Commit,
+    Error,
+    FinishReason,
+    GetExplanation,
+    Limits,
+    Message,
+    OpenTarget,
+    Proposal,
+    StepDecision,
+    StepReport,
+)
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
 
@@ -30,6 +43,8 @@ Emit = Callable[[Sequence[Message]], None]
 _ALIKE_ROWS = 24
 """Rows of a step of decoding sessions, for engines without row invariance: ik computes more of them otherwise
 (docs/engines.md), so that texts would depend on the load."""
+_REPORT_EVERY_US = 1_000_000
+"""Between reports of what steps cost."""
 
 
 class Stepper:
@@ -46,6 +61,8 @@ class Stepper:
         self._n_max = settings.n_max
         self.controller = LengthController()
         self._fixed = settings.length == "fixed"
+        self._decisions = DecisionLog(adaptive=not self._fixed)
+        self._reported_us = 0
         self._awaited: TargetSession | None = None
         self._last_us = 0
         """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
@@ -70,7 +87,7 @@ class Stepper:
         return len(self._running) + len(self._waiting)
 
     def receive(self, message: Any, at_us: int | None = None) -> None:
-        """Take in an OpenTarget, Proposal or Close, which arrived at `at_us`: now, if not given."""
+        """Take in an OpenTarget, Proposal, Close or GetExplanation, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):
             session = self._running.get(message.session) or self._waiting.get(message.session)
             if session is not None and max(message.tokens) < self._engine.info.n_vocab:
@@ -83,6 +100,8 @@ class Stepper:
             self._open(message)
         elif isinstance(message, Close):
             self._cancel(message.session)
+        elif isinstance(message, GetExplanation):
+            self._out.append(self._decisions.answer(message))
 
     def forget_all(self) -> None:
         """Drop every session: the router that knew them is gone."""
@@ -96,7 +115,8 @@ class Stepper:
         """One forward pass for whoever is ready, its verdicts and commits."""
         self._admit()
         sessions = list(self._running.values())
-        lengths = self._lengths(sessions)
+        candidates = {session.id: session.candidate() for session in sessions if session.pending == 1}
+        lengths = self._lengths(candidates)
         ready = [self._ready(s, lengths.get(s.id, 0)) for s in sessions]
         shares = policy.plan(ready, self._n_batch, self._prefill_chunk)
         chunks: list[Chunk] = []
@@ -140,8 +160,18 @@ class Stepper:
             trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
             n_committed = sum(len(verdict.tokens) for verdict in verdicts)
+            grounds = self._grounds(taking_part, started, decided)
             self._learn(taking_part, started, decided, n_committed)
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
+                if session.id in candidates:
+                    decision = replace(
+                        grounds,
+                        position=len(session.prefix),
+                        reach=tuple(candidates[session.id].reach),
+                        length=n_proposals,
+                        n_accepted=min(verdict.n_accepted, n_proposals),
+                    )
+                    self._decisions.add(session.id, session.speculation, decision)
                 session.counters.full_rows += verdict.full_rows
                 if session.first_commit_us:
                     session.counters.sample_us += sample_us
@@ -241,14 +271,32 @@ class Stepper:
             self._awaited.arrivals.waited(False)
             self._awaited = None
 
-    def _lengths(self, sessions: Sequence[TargetSession]) -> dict[int, int]:
+    def _lengths(self, candidates: Mapping[int, Candidate]) -> dict[int, int]:
         """How many proposals of each decoding session are verified, by session."""
         if self._fixed:
-            return {session.id: _fixed(session) for session in sessions}
-        decoding = [session for session in sessions if session.pending == 1]
-        candidates = [session.candidate() for session in decoding]
-        lengths = self.controller.choose(candidates, max(0, self._decode_rows - len(decoding)))
-        return {session.id: length for session, length in zip(decoding, lengths, strict=True)}
+            return {i: len(c.reach) if len(c.reach) >= c.least else 0 for i, c in candidates.items()}
+        room = max(0, self._decode_rows - len(candidates))
+        return dict(zip(candidates, self.controller.choose(list(candidates.values()), room), strict=True))
+
+    def _grounds(
+        self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int
+    ) -> StepDecision:
+        """What a step's decisions have in common."""
+        rows = sum(share.pending + share.n_proposals for _, share in taking_part)
+        costs = self.controller.costs
+        return StepDecision(
+            position=0,
+            waited_us=started - self._last_us if self._last_us else 0,
+            reach=(),
+            length=0,
+            n_accepted=0,
+            n_sessions=len(taking_part),
+            rows=rows,
+            rate=self.controller.rate,
+            step_us=round(1e6 * costs.seconds(rows)),
+            further_us=round(1e6 * costs.seconds(rows + 1)),
+            took_us=decided - started,
+        )
 
     def _learn(
         self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int, n_committed: int
@@ -262,6 +310,11 @@ class Stepper:
         elapsed = (decided - self._last_us) / 1e6 if self._last_us else seconds
         self.controller.observe(rows, seconds, n_committed, elapsed)
         self._last_us = decided
+        if decided - self._reported_us >= _REPORT_EVERY_US and (
+            points := self.controller.costs.points(self._n_max + 1)
+        ):
+            self._reported_us = decided
+            self._out.append(StepReport(points))
 
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt
@@ -315,8 +368,3 @@ class Stepper:
         self._engine.truncate(session.slot, session.cached)  # what the table does not know of, it could not evict
         self._slots.release(session.id, np.array(session.prefix.tokens[: session.cached], np.int32))
         del self._running[session.id]
-
-
-def _fixed(session: TargetSession) -> int:
-    usable = session.usable
-    return usable if usable >= session.speculation.n_min else 0

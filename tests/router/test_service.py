@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from shared.messages import (
     DraftStats,
     Encoded,
     Error,
+    Explanation,
     Finished,
     Generate,
+    GetExplanation,
     GetStatus,
     Goodbye,
     Hello,
@@ -328,7 +331,7 @@ def test_a_generation_passes_through(net: Net) -> None:
     gateway.generate(5, speculation=Speculation(n_max=3))
     opened = verifier.expect(OpenTarget)
     assert (opened.tokens.tolist(), opened.sampling, opened.limits) == (PROMPT, SAMPLING, Limits(50, (9,)))
-    assert opened.n_max == 3
+    assert opened.speculation.n_max == 3
     drafting = worker.expect(OpenDraft)
     assert drafting.session == opened.session
     assert (drafting.tokens.tolist(), drafting.sampling) == (PROMPT, SAMPLING)
@@ -1019,3 +1022,23 @@ def test_a_report_that_cannot_be_is_refused(net: Net) -> None:
     verifier = net.verifier()
     verifier.send(StepReport(((2, 5), (1, 4))))
     verifier.refused("bad_report")
+
+
+def test_an_explanation_comes_from_who_held_the_session(net: Net) -> None:
+    """By the session's id or as the last one, also after its end, with the asker's own reference; else an empty one."""
+    net.cli.send(GetExplanation(3, 0))
+    assert net.cli.expect(Explanation) == Explanation(3, 0, False, Speculation(), ())
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate()
+    session = verifier.expect(OpenTarget).session
+    for asked in (0, session):
+        net.cli.send(GetExplanation(4, asked))
+        question = verifier.expect(GetExplanation)
+        assert question.session == session
+        answer = Explanation(question.ref, session, True, Speculation(n_max=2), ())
+        verifier.send(answer)
+        verifier.send(answer)  # once is enough
+        assert net.cli.expect(Explanation) == replace(answer, ref=4)
+        net.cli.nothing_before_now()
+    net.cli.send(GetExplanation(5, session + 1))
+    assert not net.cli.expect(Explanation).decisions
