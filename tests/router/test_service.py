@@ -981,6 +981,70 @@ def test_prompt_lookup_takes_over_where_text_is_copied(own_router: Callable[...,
     assert written(lookup.expect(OpenDraft), lookup, text) == text
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_worker_costs_a_token(own_router: Callable[..., tuple[Process, Net]], seed: int) -> None:
+    """Workers come, draft, lie, leave and die in any order: every session ends with every token, in order, and whoever
+    gets a session is given exactly its text so far."""
+    process, net = own_router("router.demotion_s=0.01", "router.exploration=0.5", "router.max_sessions=9")
+    chance = random.Random(seed)
+    verifier, gateway = net.verifier(), net.gateway()
+    for request in range(3):
+        gateway.generate(request, limits=Limits(1000))
+    texts = {verifier.expect(OpenTarget).session: list(PROMPT) for _ in range(3)}
+    heard: dict[int, list[int]] = {request: [] for request in range(3)}
+    workers: list[Peer] = []
+    held: dict[int, dict[int, list[int]]] = {}
+
+    def listen(worker: Peer) -> None:
+        """Take in what the router has sent to a worker."""
+        while worker.socket.poll(0):
+            worker._hear()
+        mine = held.setdefault(id(worker), {})
+        for message in worker._heard:
+            if isinstance(message, OpenDraft):
+                mine[message.session] = message.tokens.tolist()
+                assert mine[message.session] == texts[message.session][: len(message.tokens)]
+            elif isinstance(message, Commit) and message.session in mine:
+                assert len(mine[message.session]) == message.start
+                mine[message.session] += message.tokens
+            elif isinstance(message, Close):
+                mine.pop(message.session, None)
+        worker._heard.clear()
+
+    for step in range(400):
+        session = chance.choice(list(texts))
+        text = texts[session]
+        kind = chance.randrange(8)
+        if kind == 0 and len(workers) < 4:
+            engine = chance.choice(("e", "ngram"))
+            workers.append(net.joined(Hello("draft", chance.choice("abcd"), step, engine, n_slots=2)))
+        elif kind == 1 and workers:
+            leaving = workers.pop(chance.randrange(len(workers)))
+            if chance.random() < 0.5:
+                leaving.send(Goodbye("draining"))
+            leaving.socket.close()
+        elif kind <= 4 and workers:
+            worker = chance.choice(workers)
+            listen(worker)
+            for own, tokens in held[id(worker)].items():
+                start, prefix_hash = len(tokens), TokenPrefix(tokens).hash
+                if chance.random() < 0.2:
+                    start, prefix_hash = chance.choice(((start + 99, 1), (0, 1), (start, 2)))
+                token = chance.choice((7, 8, N_VOCAB))
+                worker.send(Proposal(own, start, prefix_hash, (token,), decode_us=chance.choice((0, 5000))))
+        else:
+            verifier.send(commit(session, text, chance.choice((7, 8))))
+    for session, text in texts.items():
+        verifier.send(commit(session, text, 9, finish="stop"))
+    for _ in texts:
+        while isinstance(message := gateway.expect(Tokens, Finished), Tokens):
+            heard[message.request] += message.tokens
+        assert message.reason == "stop"
+    assert [PROMPT + tokens for tokens in heard.values()] == list(texts.values())
+    net.wait(lambda status: status.n_sessions == 0, verifier, gateway)
+    assert process.running()
+
+
 def test_sessions_go_to_the_quicker_verifier(net: Net) -> None:
     """Once both say what their steps cost, the quick one gets the first two of three sessions; drafts serve both."""
     gateway = net.gateway()
