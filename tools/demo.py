@@ -25,7 +25,7 @@ from rich.text import Text
 from shared.errors import DraftwireError
 from shared.messages import Status
 from shared.settings import Settings, load_settings
-from tools.fleet import Gateway, find_gateway, is_serving, router_status
+from tools.fleet import Gateway, find_gateway, joined_workers
 from tools.generate import GenerateOptions, TextWriter, printable, wants_colour
 from tools.supervisor import Supervisor
 
@@ -47,7 +47,6 @@ REPEATS = 3
 WARM_UP_TOKENS = 16
 BUDGET_S = 25.0
 """No further repeat begins after so long; a slow engine gets fewer."""
-JOIN_TIMEOUT_S = 15.0
 
 STAGES = ("queue", "draft_prefill", "draft_decode", "target_prefill", "verify", "sample", "wire", "wait")
 
@@ -186,7 +185,7 @@ class _Demo:
 
     def _show(self) -> None:
         gateway = Gateway(find_gateway(self._settings), timeout_s=60)
-        status = self._joined()
+        status = joined_workers(self._settings)
         _say("warming up")
         for options in (self._plain, self._speculative):
             self._complete(gateway, replace(options, max_tokens=min(WARM_UP_TOKENS, options.max_tokens)))
@@ -206,20 +205,6 @@ class _Demo:
             if speculating and len(speculative) < REPEATS:
                 speculative.append(self._complete(gateway, self._speculative))
         self._report(plain, speculative, status)
-
-    def _joined(self) -> Status:
-        """Wait until the gateway can serve and the router knows every draft worker."""
-        deadline = time.monotonic() + JOIN_TIMEOUT_S
-        missing = {("draft", name) for name in self._settings.draft}
-        while time.monotonic() < deadline:
-            status: Status | None = router_status(self._settings)
-            if status is not None and is_serving(self._settings):
-                missing -= {(peer.role, peer.instance) for peer in status.peers if peer.alive}
-                if not missing:
-                    return status
-            time.sleep(0.05)
-        who = ", ".join(" ".join(peer) for peer in sorted(missing)) or "the gateway, or what it needs,"
-        raise DraftwireError(f"{who} did not come up in {JOIN_TIMEOUT_S:g} s", "see `draftwire doctor`", "not_joined")
 
     def _complete(self, gateway: Gateway, options: GenerateOptions, writer: TextWriter | None = None) -> Completion:
         text: list[str] = []
