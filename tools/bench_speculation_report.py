@@ -79,12 +79,13 @@ def _conditions(result: SceneResult) -> str:
         f"{scene.concurrency} at a time",
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
     ]
+    line = "; ".join(parts) + "."
     if result.time_scale != 1:
-        parts.append(
-            f"TIME SCALE {result.time_scale:g}: all paces and round trips are multiplied by it, what the processes and "
-            "this machine take is not"
+        line += (
+            f"\nTIME SCALE {result.time_scale:g}: all paces and round trips are multiplied by it; what the processes "
+            "and this machine take is not."
         )
-    return "; ".join(parts) + "."
+    return line
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -281,9 +281,9 @@ def scene_settings(scene: Scene, time_scale: float, config: Path | None, overrid
 
 
 def _scaled(engine: EngineSettings, time_scale: float) -> EngineSettings:
-    if engine.engine != "emulated" or time_scale == 1:
+    if engine.engine != "emulated":
         return engine
-    pace = find_pace(engine)
+    pace = find_pace(engine)  # of a profile that there is
     return replace(
         engine,
         pace=Pace(
