@@ -44,14 +44,13 @@ from tools.lan import Conditions, Lan, Link
 from tools.sequential import SequentialDecoder
 from tools.temporary import temporary_fleet
 
-WARM_UP_TOKENS = 16
 _SILENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """tokens: of each completion, at most. repeats: of every prompt, each with another seed. seed: of the first.
-    time_scale: what paces and round trips are multiplied by.
+    time_scale: what paces and round trips are multiplied by. warm_up_tokens: that every policy completes beforehand.
     """
 
     prompts: Prompts
@@ -59,6 +58,7 @@ class BenchOptions:
     repeats: int = 1
     seed: int = 0
     time_scale: float = 1.0
+    warm_up_tokens: int = 16
     config: Path | None = None
     overrides: tuple[str, ...] = ()
 
@@ -160,7 +160,8 @@ def _run_scene(scene: Scene, options: BenchOptions, console: Console) -> SceneRe
             plain = contestants[0]
             assert isinstance(plain, _Fleet)
             target = plain.target
-            warm_up = _Job(0, 0, plain.encode(load_prompts()[-1].text), WARM_UP_TOKENS, scene.sampling(options.seed))
+            tokens = plain.encode(load_prompts()[-1].text)
+            warm_up = _Job(0, 0, tokens, options.warm_up_tokens, scene.sampling(options.seed))
             for contestant in contestants:
                 progress.update(task, description=f"{scene.name}: warming up {contestant.policy.name}")
                 contestant.complete(warm_up)

@@ -21,7 +21,18 @@ from tools.supervisor import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
-COMMANDS = ("up", "service", "generate", "demo", "doctor", "perplexity", "estimate", "bench", "bench engine")
+COMMANDS = (
+    "up",
+    "service",
+    "generate",
+    "demo",
+    "doctor",
+    "perplexity",
+    "estimate",
+    "bench",
+    "bench engine",
+    "bench speculation",
+)
 
 
 @dataclass(frozen=True)
