@@ -140,12 +140,13 @@ def _changes(options: DemoOptions, run_dir: Path) -> list[str]:
 def _show_scene(options: DemoOptions, config: Path | None, overrides: Sequence[str]) -> int:
     """Plain and speculative at the pace of a machine that speculation is for; the exit status."""
     pace = PROFILES[SCENE_PROFILE]
+    target, draft = pace.target, pace.draft
     print(
         f"""
-And as if on another machine: the same pair, slowed down to the pace of Ling-1T in RAM ({pace.target.first_row_ms:.0f} ms
-a token, {pace.target.further_row_ms:.0f} more for each one verified beside it), with a draft of \
-{pace.draft.first_row_ms:.0f} ms a token behind a
-network of {SCENE_RTT_MS:g} ms. The machine is emulated: its models' time is slept. Processes, messages and text are real.
+And as if on another machine: the same pair, slowed down to the pace of Ling-1T in RAM ({target.first_row_ms:.0f} ms a
+token, {target.further_row_ms:.0f} more for each one verified beside it), with a draft of {draft.first_row_ms:.0f} ms
+a token behind a network of {SCENE_RTT_MS:g} ms. The machine is emulated: its models' time is
+slept. Processes, messages and text are real.
 """,
         flush=True,
     )
@@ -183,8 +184,8 @@ def scene_lines(result: SceneResult) -> list[str]:
         f"plain {plain.all_tokens_per_s:.2f} tokens/s, speculative {speculative.all_tokens_per_s:.2f}: "
         f"{speculative.speed_up:.2f}x; {speculative.accepted} of {speculative.proposed} verified proposals accepted, "
         f"{'the same text' if speculative.same else 'texts that differ by a near-tie'}.",
-        f"One completion of {speculative.n_tokens} tokens each; `draftwire bench speculation --profile {SCENE_PROFILE}` "
-        "measures more.",
+        f"One completion of {speculative.n_tokens} tokens each; for more: "
+        f"draftwire bench speculation --profile {SCENE_PROFILE}",
     ]
     late = [found for found in result.overruns if found.overruns]
     if late:
