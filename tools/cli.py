@@ -90,7 +90,7 @@ def root(
 
     \b
     Examples:
-      draftwire demo                               see it work, in half a minute
+      draftwire demo                               see it work, in a minute
       draftwire up                                 run the whole fleet here, until Ctrl-C
       draftwire generate "def fibonacci(n):"       ask the running fleet (in another terminal)
       draftwire doctor                             what is missing on this machine?
@@ -339,13 +339,15 @@ def demo(
             "--engine", metavar="auto|ik|numpy|cuda|emulated", help="Engine of the target and of the draft model."
         ),
     ] = "auto",
+    no_scene: Annotated[bool, typer.Option("--no-scene", help="Leave the emulated machine at the end away.")] = False,
     config: ConfigOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """See it work, in half a minute.
+    """See it work, in a minute.
 
     Starts a fleet of its own, continues one prompt plainly and speculatively, shows both and what they cost, and
-    ends everything it started. Needs no GPU, no download and no running fleet.
+    ends everything it started. Needs no GPU, no download and no running fleet. With default engines, whose small pair
+    gains nothing on two cores, it ends with the same at the pace of a 1T model in RAM, emulated.
 
     \b
     Examples:
@@ -358,7 +360,7 @@ def demo(
 
     if draft not in ("none", "model", "ngram"):
         raise SettingsError(f"--draft is {draft!r}", "none, model or ngram")
-    options = DemoOptions(prompt, temperature, seed, max_tokens, draft, engine)
+    options = DemoOptions(prompt, temperature, seed, max_tokens, draft, engine, not no_scene)
     raise typer.Exit(run_demo(options, config, list(overrides or ())))
 
 
@@ -498,6 +500,7 @@ def bench() -> None:
       draftwire bench engine embedded:target
       draftwire bench loopback
       draftwire bench acceptance --prompts 20
+      draftwire bench speculation --profile ling-1t
     """
 
 
@@ -629,6 +632,127 @@ def bench_engine_command(
     print_engine_bench(bench)
     if json_file is not None:
         write_json(json_file, bench)
+
+
+@bench_app.command("speculation")
+def bench_speculation_command(
+    prompts: Annotated[
+        str,
+        typer.Option(
+            "--prompts", metavar="N|FILE", help='How many bundled ones; or a text file, or .jsonl with {"prompt": ...}.'
+        ),
+    ] = "8",
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="Most tokens of each completion.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of every prompt, each with another seed.")] = 1,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", "-p", metavar="POLICY", help="See above; may be given again.  [adaptive]"),
+    ] = None,
+    draft: Annotated[
+        str, typer.Option("--draft", metavar="LIST", help="Workers side by side: model, ngram, garbage, or names.")
+    ] = "",
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="Of target and draft models: auto, ik, numpy, cuda, ...")
+    ] = "",
+    profile: Annotated[
+        str, typer.Option("--profile", metavar="NAME", help="Emulate a machine: ling-1t, qwen3-coder-480b.")
+    ] = "",
+    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first completion.")] = 0,
+    rtt_ms: Annotated[
+        float, typer.Option("--rtt-ms", min=0.0, metavar="MS", help="From router to draft workers and back.")
+    ] = 0.0,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=256, help="Completions at a time.")] = 1,
+    time_scale: Annotated[
+        float, typer.Option("--time-scale", min=0.01, max=100.0, help="Multiplies all paces and round trips.")
+    ] = 1.0,
+    suite: Annotated[str, typer.Option("--suite", metavar="NAME", help="Measure its scenes: paper.")] = "",
+    scene: Annotated[
+        list[str] | None, typer.Option("--scene", metavar="NAME", help="One scene of a suite; may be given again.")
+    ] = None,
+    list_scenes: Annotated[bool, typer.Option("--list", help="Show the scenes and end.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Write results.json, completions.csv and scatter.svg there."),
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure policies of speculation against plain decoding, in one run.
+
+    Starts a fleet of its own for each policy, lets them complete the prompts in turn, and prints speed, acceptance,
+    wasted rows, bytes on the wire and the time of each stage. Plain decoding is always measured too. Ctrl-C prints
+    what there is.
+
+    \b
+    Policies, each with @WORKER to say who drafts, or +rejection for that acceptance rule:
+      plain             no speculation
+      adaptive[:N]      the pipeline chooses how many proposals a step verifies, up to N
+      fixed:N           it verifies all that are there, up to N
+      sequential:N:P    as in llama-server: draft up to N, stop before the first whose probability is under P,
+                        verify, in turn, in one process
+
+    With --profile the machine is emulated, on two cores: see docs/measuring.md. A suite is a set of scenes that say
+    all of this themselves; sizes, seed, scale and settings are still the options'.
+
+    \b
+    Examples:
+      draftwire bench speculation --profile ling-1t
+      draftwire bench speculation --profile ling-1t -p adaptive -p fixed:4 -p sequential:16:0.75 --time-scale 0.5
+      draftwire bench speculation --profile ling-1t --rtt-ms 20 -t 0.7 --prompts mine.jsonl --out results
+      draftwire bench speculation --draft model,ngram -p adaptive -p adaptive@ngram --prompts long.txt
+      draftwire bench speculation --list
+      draftwire bench speculation --suite paper --prompts 20 --out results
+      draftwire bench speculation --scene greedy --scene copies
+    """
+    import logging
+
+    import structlog
+    from rich.console import Console
+
+    from tools.bench_speculation import BenchOptions, SceneResult, run_scenes
+    from tools.bench_speculation_report import prepare_output, print_scene, print_scenes, save
+    from tools.bench_speculation_scenes import Scene, find_scenes, read_prompts
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))  # engines in this process
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    if list_scenes:
+        print_scenes(find_scenes(suite or "paper", scene or ()), console)
+        return
+    if suite or scene:
+        scenes = find_scenes(suite or "paper", scene or ())
+        if policy or draft or engine or profile or temperature or rtt_ms or concurrency != 1:
+            raise SettingsError("a scene says itself what is measured", "leave --suite and --scene away, or the others")
+    else:
+        drafts = tuple(name.strip() for name in draft.split(",")) if draft else ()
+        scenes = (
+            Scene(
+                "custom",
+                "",
+                tuple(policy or ("adaptive",)),
+                engine=engine,
+                profile=profile,
+                drafts=drafts,
+                temperature=temperature,
+                top_p=top_p,
+                rtt_ms=rtt_ms,
+                concurrency=concurrency,
+            ),
+        )
+    if out is not None:
+        prepare_output(out)  # what cannot be written is better known before than after the measurement
+    options = BenchOptions(
+        read_prompts(prompts), tokens, repeats, seed, time_scale, config=config, overrides=tuple(overrides or ())
+    )
+    results: list[SceneResult] = []
+    for result in run_scenes(scenes, options, console):
+        results.append(result)
+        print_scene(result, console)
+        if out is not None:
+            save(results, out)
+    if results[-1].interrupted:
+        raise typer.Exit(130)
 
 
 def fail(error: DraftwireError) -> NoReturn:

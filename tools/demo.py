@@ -1,4 +1,5 @@
-"""`draftwire demo`: a fleet of its own, one prompt plainly and speculatively, what came out and what it cost.
+"""`draftwire demo`: a fleet of its own, one prompt plainly and speculatively, what came out and what it cost; then the
+same on an emulated machine that is slow enough for speculation to pay.
 
 Invariant: whatever happens, its processes and its directory are gone when it returns.
 """
@@ -22,10 +23,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shared.engine.emulated import PROFILES
 from shared.errors import DraftwireError
 from shared.messages import Status
 from shared.settings import Settings, load_settings
-from tools.fleet import Gateway, find_gateway, is_serving, router_status
+from tools.bench_speculation import BenchOptions, SceneResult, run_scenes
+from tools.bench_speculation_figures import STAGES, summarize
+from tools.bench_speculation_scenes import Prompts, Scene
+from tools.fleet import Gateway, find_gateway, joined_workers
 from tools.generate import GenerateOptions, TextWriter, printable, wants_colour
 from tools.supervisor import Supervisor
 
@@ -45,11 +50,9 @@ BUNDLED_PROMPT = '''class Stack:
 
 REPEATS = 3
 WARM_UP_TOKENS = 16
+SCENE_PROFILE, SCENE_TOKENS, SCENE_WARM_UP_TOKENS, SCENE_RTT_MS = "ling-1t", 32, 6, 0.2
 BUDGET_S = 25.0
 """No further repeat begins after so long; a slow engine gets fewer."""
-JOIN_TIMEOUT_S = 15.0
-
-STAGES = ("queue", "draft_prefill", "draft_decode", "target_prefill", "verify", "sample", "wire", "wait")
 
 _NO_FASTER = {
     "ik": "This pair shows that the text is right and how much is accepted, not the speed. On two idle cores its "
@@ -65,7 +68,8 @@ _NO_FASTER = {
 
 @dataclass(frozen=True, slots=True)
 class DemoOptions:
-    """prompt: None takes the bundled one. draft: "none", "model" or "ngram". engine: of target and draft model."""
+    """prompt: None takes the bundled one. draft: "none", "model" or "ngram". engine: of target and draft model. scene:
+    whether to end on the emulated machine, where engine and draft are the default ones."""
 
     prompt: str | None = None
     temperature: float = 0.0
@@ -73,6 +77,7 @@ class DemoOptions:
     max_tokens: int = 96
     draft: str = "model"
     engine: str = "auto"
+    scene: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +109,14 @@ def run_demo(options: DemoOptions, config: Path | None, overrides: Sequence[str]
         changes = [*overrides, *_changes(options, run_dir)]
         settings = load_settings(config, changes)
         settings.endpoint("tokenizer")
-        return asyncio.run(_Demo(options, settings, Supervisor(
+        status = asyncio.run(_Demo(options, settings, Supervisor(
             settings, config, changes, log_dir=run_dir / "logs", say=_say, restart=False,
         )).run())  # fmt: skip
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
+    if status == 0 and options.scene and options.engine == "auto" and options.draft == "model":
+        return _show_scene(options, config, overrides)
+    return status
 
 
 def _changes(options: DemoOptions, run_dir: Path) -> list[str]:
@@ -127,6 +135,66 @@ def _changes(options: DemoOptions, run_dir: Path) -> list[str]:
     if options.draft == "model":
         changes += ['draft.model.engine.engine="' + options.engine + '"']
     return changes
+
+
+def _show_scene(options: DemoOptions, config: Path | None, overrides: Sequence[str]) -> int:
+    """Plain and speculative at the pace of a machine that speculation is for; the exit status."""
+    pace = PROFILES[SCENE_PROFILE]
+    target, draft = pace.target, pace.draft
+    print(
+        f"""
+And as if on another machine: the same pair, slowed down to the pace of Ling-1T in RAM ({target.first_row_ms:.0f} ms a
+token, {target.further_row_ms:.0f} more for each one verified beside it), with a draft of {draft.first_row_ms:.0f} ms
+a token behind a network of {SCENE_RTT_MS:g} ms. The machine is emulated: its models' time is
+slept. Processes, messages and text are real.
+""",
+        flush=True,
+    )
+    _say("starting a fleet for each, and letting them warm up")
+    scene = Scene(
+        "emulated",
+        "",
+        profile=SCENE_PROFILE,
+        drafts=("model",),
+        temperature=options.temperature,
+        rtt_ms=SCENE_RTT_MS,
+    )
+    bench = BenchOptions(
+        Prompts(1, (BUNDLED_PROMPT if options.prompt is None else options.prompt,)),
+        tokens=min(SCENE_TOKENS, options.max_tokens),
+        seed=options.seed,
+        warm_up_tokens=SCENE_WARM_UP_TOKENS,
+        config=config,
+        overrides=tuple(overrides),
+    )
+    [result] = run_scenes((scene,), bench, Console(stderr=True))
+    _say("all processes have ended")
+    if result.interrupted:
+        return 130
+    print("\n".join(scene_lines(result)))
+    return 0
+
+
+def scene_lines(result: SceneResult) -> list[str]:
+    """What came out on the emulated machine."""
+    plain, speculative = summarize(result.records)
+    if plain.all_tokens_per_s is None or speculative.all_tokens_per_s is None:
+        return ["The text is too short to measure."]
+    lines = [
+        f"plain {plain.all_tokens_per_s:.2f} tokens/s, speculative {speculative.all_tokens_per_s:.2f}: "
+        f"{speculative.speed_up:.2f}x; {speculative.accepted} of {speculative.proposed} verified proposals accepted, "
+        f"{'the same text' if speculative.same else 'texts that differ by a near-tie'}.",
+        f"One completion of {speculative.n_tokens} tokens each; for more: "
+        f"draftwire bench speculation --profile {SCENE_PROFILE}",
+    ]
+    late = [found for found in result.overruns if found.overruns]
+    if late:
+        worst = max(late, key=lambda found: found.overrun_ms)
+        lines.append(
+            f"This machine was too slow for it at times ({worst.process}: {worst.overruns} of {worst.passes} passes, "
+            f"by {worst.overrun_ms:.0f} ms in all): the figures are not quite the emulated one's."
+        )
+    return lines
 
 
 def _say(line: str) -> None:
@@ -186,7 +254,7 @@ class _Demo:
 
     def _show(self) -> None:
         gateway = Gateway(find_gateway(self._settings), timeout_s=60)
-        status = self._joined()
+        status = joined_workers(self._settings)
         _say("warming up")
         for options in (self._plain, self._speculative):
             self._complete(gateway, replace(options, max_tokens=min(WARM_UP_TOKENS, options.max_tokens)))
@@ -206,20 +274,6 @@ class _Demo:
             if speculating and len(speculative) < REPEATS:
                 speculative.append(self._complete(gateway, self._speculative))
         self._report(plain, speculative, status)
-
-    def _joined(self) -> Status:
-        """Wait until the gateway can serve and the router knows every draft worker."""
-        deadline = time.monotonic() + JOIN_TIMEOUT_S
-        missing = {("draft", name) for name in self._settings.draft}
-        while time.monotonic() < deadline:
-            status: Status | None = router_status(self._settings)
-            if status is not None and is_serving(self._settings):
-                missing -= {(peer.role, peer.instance) for peer in status.peers if peer.alive}
-                if not missing:
-                    return status
-            time.sleep(0.05)
-        who = ", ".join(" ".join(peer) for peer in sorted(missing)) or "the gateway, or what it needs,"
-        raise DraftwireError(f"{who} did not come up in {JOIN_TIMEOUT_S:g} s", "see `draftwire doctor`", "not_joined")
 
     def _complete(self, gateway: Gateway, options: GenerateOptions, writer: TextWriter | None = None) -> Completion:
         text: list[str] = []

@@ -8,12 +8,14 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from shared.errors import DraftwireError, RequestError, SettingsError, WireError
+from shared.messages import Status
 from shared.settings import Settings
 from tools.supervisor import read_gateway_file
 
@@ -177,6 +179,28 @@ def _error(status: int, raw: bytes) -> DraftwireError:
     except (ValueError, KeyError, TypeError, AttributeError):
         return DraftwireError(f"the gateway answered with HTTP status {status}", "check --url and the gateway's log")
     return RequestError(message, code=code)
+
+
+JOIN_TIMEOUT_S = 15.0
+
+
+def joined_workers(settings: Settings) -> Status:
+    """Wait until the gateway can serve and the router knows every draft worker of the settings; the status then.
+
+    Raises:
+        DraftwireError: who is missing after JOIN_TIMEOUT_S.
+    """
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    missing = {("draft", name) for name in settings.draft}
+    while time.monotonic() < deadline:
+        status: Status | None = router_status(settings)
+        if status is not None and is_serving(settings):
+            missing -= {(peer.role, peer.instance) for peer in status.peers if peer.alive}
+            if not missing:
+                return status
+        time.sleep(0.05)
+    who = ", ".join(" ".join(peer) for peer in sorted(missing)) or "the gateway, or what it needs,"
+    raise DraftwireError(f"{who} did not come up in {JOIN_TIMEOUT_S:g} s", "see `draftwire doctor`", "not_joined")
 
 
 def router_status(settings: Settings, timeout_s: float = 1.0) -> Any:

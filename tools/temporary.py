@@ -6,23 +6,43 @@ import asyncio
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from shared.errors import DraftwireError
 from shared.settings import Settings, load_settings
 from tools.fleet import is_serving
-from tools.supervisor import Supervisor
+from tools.supervisor import ChildSpec, Command, Supervisor, service_command
 
 
 def _silent(_line: str) -> None:
     pass
 
 
+def _elsewhere(command: Command, endpoint: str) -> Command:
+    """Draft workers, and they alone, look for the router at another endpoint."""
+
+    def changed(spec: ChildSpec) -> list[str]:
+        more = ["--set", f'endpoints.drafts="{endpoint}"'] if spec.service == "draft" else []
+        return [*command(spec), *more]
+
+    return changed
+
+
 @contextmanager
-def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[Settings]:
+def temporary_fleet(
+    config: Path | None,
+    overrides: Sequence[str],
+    *,
+    log_dir: Path | None = None,
+    drafts_through: Callable[[str], str] | None = None,
+) -> Iterator[Settings]:
     """Start all services, wait until they serve, and stop them at the end; gives the fleet's settings.
+
+    Args:
+        log_dir: where the logs go, to outlive the fleet.
+        drafts_through: given the router's endpoint for draft workers, says what they connect to instead.
 
     Raises:
         DraftwireError: the fleet does not start; the text says why.
@@ -30,6 +50,9 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
     run_dir = Path(tempfile.mkdtemp(prefix="draftwire-"))
     changes = [*overrides, f'run_dir="{run_dir}"', "endpoints={}", "gateway.port=0", 'gateway.host="127.0.0.1"']
     settings = load_settings(config, changes)
+    command = service_command(settings, config, changes)
+    if drafts_through is not None:
+        command = _elsewhere(command, drafts_through(settings.endpoint("drafts")))
     started = threading.Event()
     ended = threading.Event()
     failure: list[str] = []
@@ -40,10 +63,11 @@ def temporary_fleet(config: Path | None, overrides: Sequence[str]) -> Iterator[S
             settings,
             config,
             changes,
-            log_dir=run_dir / "logs",
+            log_dir=log_dir or run_dir / "logs",
             say=_silent,
             restart=False,
             serving=lambda: is_serving(settings),
+            command=command,
         )
         starting.append((asyncio.get_running_loop(), supervisor))
         try:

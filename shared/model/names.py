@@ -22,6 +22,7 @@ EMBEDDED_MODELS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 PROMPTS_FILE: Final = "prompts.jsonl"
+COPY_PROMPTS_FILE: Final = "copy_prompts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,15 @@ def embedded_prompts() -> Path:
         ModelError: the installation lacks it.
     """
     return _embedded_file(PROMPTS_FILE)
+
+
+def embedded_copy_prompts() -> Path:
+    """The file of prompts whose continuation repeats much of them, in the same format.
+
+    Raises:
+        ModelError: the installation lacks it.
+    """
+    return _embedded_file(COPY_PROMPTS_FILE)
 
 
 def load_prompts(path: Path | None = None) -> tuple[EmbeddedPrompt, ...]:

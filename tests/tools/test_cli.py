@@ -21,7 +21,20 @@ from tools.supervisor import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 120
-COMMANDS = ("up", "service", "generate", "workers", "demo", "doctor", "perplexity", "estimate", "bench", "bench engine")
+COMMANDS = (
+    "up",
+    "service",
+    "generate",
+    "workers",
+    "explain",
+    "demo",
+    "doctor",
+    "perplexity",
+    "estimate",
+    "bench",
+    "bench engine",
+    "bench speculation",
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tools.demo import STAGES, Completion, _sameness, _table
+from tools.bench_speculation import SceneResult
+from tools.bench_speculation_figures import STAGES, Overruns, Record
+from tools.bench_speculation_scenes import Scene
+from tools.demo import Completion, _sameness, _table, scene_lines
 from tools.generate import TextWriter, figures_line, printable
 
 
@@ -86,6 +89,41 @@ def test_a_flip_is_not_excused_where_the_engine_forbids_it() -> None:
     """With a row-invariant engine, texts that differ are called just that."""
     line = _sameness([completion("abcd", 1)], [completion("abXd", 1)], "numpy", True)
     assert line == "The texts differ: only 1 of 2 equal the first plain one."
+
+
+# --- the emulated machine ---------------------------------------------------------------------------------------------
+
+
+def scene_result(text: str, overruns: tuple[Overruns, ...] = ()) -> SceneResult:
+    """A plain completion of 4 tokens in 2 s, and a speculative one, of the text's letters, in 1 s."""
+
+    def record(policy: str, tokens: str, seconds: float, proposed: int) -> Record:
+        return Record(
+            *("s", policy, 0, 0, 0, (1,), tuple(map(ord, tokens)), 0, 0.0, 40, 0.95, 0.05, "coupled", 0),
+            *(len(tokens) / seconds, 1.0, (), 2, proposed, max(0, proposed - 1), (), 0, 0, "", {}),
+            turn_busy_s=seconds,
+            turn_tokens=len(tokens),
+        )
+
+    records = (record("plain", "abcd", 2.0, 0), record("adaptive", text, 1.0, 3))
+    return SceneResult(Scene("s", ""), 1.0, 1, 4, 1, "emulated (ik)", False, records, overruns, False)
+
+
+def test_the_emulated_machine_is_compared() -> None:
+    """Both speeds, their ratio, and whether the texts agree."""
+    lines = scene_lines(scene_result("abcd"))
+    assert lines[0] == (
+        "plain 2.00 tokens/s, speculative 4.00: 2.00x; 2 of 3 verified proposals accepted, the same text."
+    )
+    assert len(lines) == 2
+    assert "differ by a near-tie" in scene_lines(scene_result("abcx"))[0]
+
+
+def test_an_emulated_machine_that_was_not_reached_is_said() -> None:
+    """The worst of those that were late is named."""
+    late = (Overruns("verifier of plain", 9, 1, 2.0), Overruns("draft-model of adaptive", 90, 5, 31.0))
+    *_, line = scene_lines(scene_result("abcd", late))
+    assert "draft-model of adaptive: 5 of 90 passes, by 31 ms" in line
 
 
 # --- text on the way to a terminal ------------------------------------------------------------------------------------

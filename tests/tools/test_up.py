@@ -207,7 +207,7 @@ def test_router_that_has_fallen_silent_is_no_status(run_dir: Path) -> None:
 def test_demo_shows_text_and_figures_and_cleans_up(draft: str) -> None:
     """The demo prints the completion with marks, whether texts agree, a table; it leaves no file and no process."""
     with tempfile.TemporaryDirectory(prefix="dw-", dir="/tmp") as folder:
-        ended = draftwire("demo", "--draft", draft, "-n", "24", "--seed", "3", TMPDIR=folder)
+        ended = draftwire("demo", "--draft", draft, "-n", "24", "--seed", "3", "--no-scene", TMPDIR=folder)
         assert list(Path(folder).iterdir()) == []
     assert ended.returncode == 0, ended
     assert "self.items.append(item)" in ended.stdout
@@ -220,6 +220,17 @@ def test_demo_shows_text_and_figures_and_cleans_up(draft: str) -> None:
         assert re.search(r"text is identical in all \d completions|equal the first plain one", ended.stdout)
         assert "‹proposed by the draft and accepted›" in ended.stdout
     assert "all processes have ended" in ended.stderr
+
+
+def test_demo_ends_on_an_emulated_machine() -> None:
+    """With default engines it shows the same prompt at the pace of a large model, says so, and cleans up after it."""
+    with tempfile.TemporaryDirectory(prefix="dw-", dir="/tmp") as folder:
+        ended = draftwire("demo", "-n", "8", TMPDIR=folder)
+        assert list(Path(folder).iterdir()) == []
+    assert ended.returncode == 0, ended
+    assert "The machine is emulated" in ended.stdout
+    assert re.search(r"plain \d+\.\d+ tokens/s, speculative \d+\.\d+: \d\.\d\dx", ended.stdout)
+    assert "One completion of 8 tokens each" in ended.stdout
 
 
 def test_demo_with_numpy_is_exact(run_dir: Path) -> None:
