@@ -37,11 +37,15 @@ class Completion:
 
 
 class Process:
-    """A child process whose output lines can be waited for."""
+    """A child process whose output lines can be waited for.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    Args:
+        program: what Python runs with the arguments.
+    """
+
+    def __init__(self, arguments: Sequence[str], program: Sequence[str] = ("-m", "tools.cli")) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.cli", *arguments],
+            [sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
