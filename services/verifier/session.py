@@ -127,9 +127,12 @@ class TargetSession:
 
     def _offer(self, proposal: Proposal) -> bool:
         committed, start = len(self.prefix), proposal.start
+        if start > committed + MAX_RUN:
+            return False  # no window reaches so far
         if start > self.known:
-            if len(self._parked) < _MAX_PARKED:
-                self._parked[start] = proposal
+            self._parked[start] = proposal
+            if len(self._parked) > _MAX_PARKED:
+                del self._parked[max(self._parked)]  # the one that will be reached last, if ever
             return True
         if start >= committed:
             if self._chain_hashes[start - committed] != proposal.prefix_hash:
@@ -168,7 +171,7 @@ class TargetSession:
         Garbage must end here: the sampler would refuse the whole step for it.
         """
         counts = proposal.q_counts
-        confidence: Sequence[float | None] = proposal.confidence
+        confidence = [c if 0.0 <= c <= 1.0 else None for c in proposal.confidence]
         if len(confidence) != len(proposal.tokens):
             confidence = [None] * len(proposal.tokens)
         if not counts or self.sampling.acceptance != "rejection" or self.sampling.greedy:

@@ -145,11 +145,18 @@ class DirectLink:
         self.kinds: list[type] = []
         self.silent = 0
         """How many messages are lost from now on."""
+        self.away = 0
+        """How often the sampler is waited for in vain from now on, until a new one gets all that was sent meanwhile."""
+        self._held: list[Message] = []
+        self._restart = sampler._clients.clear
         sampler._link = Mock(send=lambda message, _peer: self._answers.append(message) or True)
 
     def send(self, message: Message) -> bool:
         if self.silent:
             self.silent -= 1
+            return True
+        if self.away:
+            self._held.append(message)
             return True
         received: Any = wire.decode([bytes(frame) for frame in wire.encode(message)])
         self._handlers[type(received)](b"verifier", received)
@@ -157,6 +164,14 @@ class DirectLink:
 
     def receive(self, timeout_ms: int) -> Message | None:
         assert timeout_ms > 0
+        if self.away:
+            self.away -= 1
+            if not self.away:
+                self._restart()
+                held, self._held = self._held, []
+                for message in held:
+                    self.send(message)
+            return None
         if not self._answers:
             return None
         message = self._answers.popleft()
@@ -828,6 +843,19 @@ def test_a_lost_question_is_asked_again(world: World, monkeypatch: pytest.Monkey
     world.link.silent = 2
     world.run()
     assert world.generated(1) == greedy(prompt(9), 3)
+
+
+def test_a_sampler_that_is_away_for_long_changes_nothing(
+    world: World, plain: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes back without its sessions, to many copies of a question, is told of them once, and goes on."""
+    expected = plain(prompt(9), sampling=PENALIZED)
+    monkeypatch.setattr("services.verifier.sampler_client._RETRY_MS", 0)
+    world.open(1, prompt(9), sampling=PENALIZED)
+    world.stepper.step()
+    world.link.away = 20
+    world.run()
+    assert world.generated(1) == expected
 
 
 def test_the_end_of_the_process_ends_the_wait(world: World) -> None:
