@@ -66,6 +66,8 @@ LINGER_S = 60.0
 """How long a client may take to read what is left after its generation has ended."""
 KEEP_ALIVE_S = 30
 _BACKLOG = 512
+_SEND_BUFFER = 128 << 10
+"""Bytes of a response that the kernel keeps for a client; more would hide for long that it does not read."""
 
 
 @dataclass(slots=True)
@@ -301,6 +303,7 @@ class GatewayService(Service):
 
     def _give_up(self, exchange: Exchange) -> None:
         """The client has let too much wait."""
+        self.log.warning("client_too_slow", request=exchange.id)
         if exchange.generation is not None:
             self._cancel(exchange.generation.request)
         self._limit_reading(exchange)
@@ -309,7 +312,12 @@ class GatewayService(Service):
         """Do not let a client that reads no more hold its place for ever."""
         exchange.unread()
         if exchange.task is not None:
-            exchange.unread = self.loop.call_later(LINGER_S, exchange.task.cancel).cancel
+            exchange.unread = self.loop.call_later(LINGER_S, self._cut, exchange).cancel
+
+    def _cut(self, exchange: Exchange) -> None:
+        if exchange.task is not None:
+            self.log.warning("client_cut", request=exchange.id)
+            exchange.task.cancel()
 
     def _conclude(self, exchange: Exchange) -> None:
         """The client has its answer, or is gone: end what the router still does for it, and log."""
@@ -382,6 +390,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # what it accepts inherits it
         listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)

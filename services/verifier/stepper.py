@@ -43,6 +43,7 @@ class Stepper:
         self._sampler = sampler
         self._emit = emit
         self._n_max = settings.n_max
+        self._max_waiting = settings.max_waiting
         self.controller = LengthController()
         self._fixed = settings.length == "fixed"
         self._awaited: TargetSession | None = None
@@ -185,6 +186,11 @@ class Stepper:
             self._out = []
 
     def _open(self, message: OpenTarget) -> None:
+        # Those that find a slot in the next step do not wait.
+        if len(self._waiting) >= self._max_waiting + self._slots.n_free:
+            reason = f"{len(self._waiting)} generations wait for a slot already"
+            self._out.append(Error(message.session, "overloaded", reason, "try again", 1))
+            return
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
         n_max = min(self._n_max, message.n_max)
@@ -315,6 +321,7 @@ class Stepper:
         session = self._waiting.pop(session_id, None)
         if session is not None:
             start, prefix_hash = len(session.prefix), session.prefix.hash
+            session.counters.queue_us = monotonic_us() - session.opened_us
             stats = session.stats(monotonic_us())
             self._out.append(Commit(session_id, start, prefix_hash, (), 0, session.known, "cancelled", stats))
         else:

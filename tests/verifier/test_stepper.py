@@ -515,6 +515,23 @@ def test_sessions_wait_for_slots(make_world: MakeWorld) -> None:
         assert (world.stats(session).queue_us > 0) or session < 2
 
 
+def test_beyond_the_bound_sessions_are_refused(make_world: MakeWorld) -> None:
+    """Free slots count, also before a step has filled them; who is refused is told to come back, and may."""
+    world = make_world(n_slots=2, max_waiting=1)
+    for session in range(4):
+        world.open(session, prompt(6, seed=session), max_tokens=3)
+    world.stepper.step()
+    assert [(e.ref, e.code, e.retry_after_s) for e in world.errors] == [(3, "overloaded", 1)]
+    world.open(4, prompt(6, seed=4), max_tokens=3)
+    world.run()
+    assert [e.ref for e in world.errors] == [3, 4]
+    world.errors.clear()
+    world.open(3, prompt(6, seed=3), max_tokens=3)
+    world.run()
+    for session in range(4):
+        assert world.generated(session) == greedy(prompt(6, seed=session), 3)
+
+
 def test_a_long_prompt_does_not_stop_the_others(make_world: MakeWorld) -> None:
     """While a prompt is computed in chunks, a decoding session gets a token in every step."""
     world = make_world(n_slots=2, prefill_chunk=8, n_batch=30)
@@ -541,6 +558,7 @@ def test_cancel_while_waiting(make_world: MakeWorld) -> None:
     world.stepper.receive(Close(2))
     world.run()
     assert [(c.tokens, c.finish) for c in world.commits[2]] == [((), "cancelled")]
+    assert world.stats(2).queue_us > 0
     for session in (1, 3):
         assert world.generated(session) == greedy(prompt(6, seed=session), 12)
 
