@@ -21,7 +21,7 @@ from typing import Any
 
 from shared.errors import DraftwireError
 from shared.settings import load_settings
-from tests.pipeline.fleet import MODES, START_S, Completion, Process
+from tests.pipeline.fleet import CLI, MODES, START_S, Completion, Process
 from tests.pipeline.liar import LIES, Liar, flap, join_with_another_vocabulary
 from tools.fleet import Gateway, find_gateway, is_serving, router_status
 from tools.lan import Conditions, Lan
@@ -68,7 +68,7 @@ WEATHER = (
 
 ERRORS = {
     "router": {"router_lost", "service_unavailable"},
-    "verifier": {"verifier_lost", "no_verifier"},
+    "verifier": {"verifier_lost", "no_verifier", "overloaded"},
     "tokenizer": {"service_unavailable"},
 }
 """What a client may be told, by the part that was killed. A fault of any other kind is to stay unnoticed."""
@@ -85,6 +85,7 @@ class Site:
         self.lan = Lan()
         self.processes: dict[str, Process] = {}
         self._stopped: set[str] = set()
+        self._starting: set[str] = set()
         self.plain: dict[tuple[str, int], Completion] = {}
 
     def __enter__(self) -> Site:
@@ -117,7 +118,7 @@ class Site:
 
     # -- processes --
 
-    def start(self, name: str, program: Sequence[str] = ("-m", "tools.cli")) -> Process:
+    def start(self, name: str, program: Sequence[str] = CLI) -> Process:
         """Start a part; `settle` waits until it is ready."""
         service = ["draft", "--instance", name] if name in WORKERS else [name]
         overrides = list(self._overrides)
@@ -126,6 +127,7 @@ class Site:
         options = [part for override in overrides for part in ("--set", override)]
         process = Process(["service", *service, "--run-dir", str(self.run_dir), *options], program)
         self.processes[name] = process
+        self._starting.add(name)
         return process
 
     def kill(self, name: str) -> None:
@@ -134,9 +136,9 @@ class Site:
         self.processes[name].kill()
         self.processes[name].stop()
 
-    def restart(self, name: str) -> None:
+    def restart(self, name: str, program: Sequence[str] = CLI) -> None:
         self.kill(name)
-        self.start(name)
+        self.start(name, program)
 
     def stop(self, name: str) -> None:
         """SIGSTOP: the process hangs, its connections stay."""
@@ -147,9 +149,9 @@ class Site:
         self._stopped.discard(name)
         self.processes[name].process.send_signal(signal.SIGCONT)
 
-    def settle(self) -> None:
+    def settle(self, patience_s: float = START_S) -> None:
         """Wait until no session is left anywhere and every part has found the others."""
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + patience_s
         while (missing := self._missing()) and time.monotonic() < deadline:
             assert not missing.endswith("has ended"), f"{missing}\n{self.log_tail()}"
             time.sleep(0.02)
@@ -160,6 +162,12 @@ class Site:
         for name, process in self.processes.items():
             if process.process.poll() is not None:
                 return f"{name} has ended"
+        for name in list(self._starting):
+            # The router may take a predecessor that was killed for alive.
+            event = '"ready"' if name in ("router", "sampler", "tokenizer") else '"router_connected"'
+            if not any(event in line for line in self.processes[name].lines):
+                return f"{name} is not there yet"
+            self._starting.discard(name)
         status = router_status(self.settings, 1)
         if status is None:
             return "the router does not answer"
@@ -363,8 +371,8 @@ class Injector:
             self._lasting.append((fault.at + fault.length, end))
 
 
-def run(site: Site, plan: Schedule, prompts: Sequence[str]) -> None:
-    """One seeded run; fails with its schedule."""
+def run(site: Site, plan: Schedule, prompts: Sequence[str], patience_s: float = START_S) -> None:
+    """One run of a schedule. patience_s: for everything to be as before."""
     injector = Injector(site, plan)
     readers = [
         Reader(
@@ -385,7 +393,7 @@ def run(site: Site, plan: Schedule, prompts: Sequence[str]) -> None:
     )
     for number, (reader, job) in enumerate(zip(readers, plan.jobs, strict=True)):
         check(reader, site.plain[job], plan.allowed_errors, gone=number == 0 and plan.cancels)
-    site.settle()
+    site.settle(patience_s)
 
 
 def check(reader: Reader, plain: Completion, allowed_errors: set[str], *, gone: bool = False) -> None:

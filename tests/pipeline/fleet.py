@@ -24,6 +24,7 @@ from tools.fleet import Gateway, find_gateway, is_serving, router_status
 
 START_S = 120
 N_TOKENS = 32
+CLI = ("-m", "tools.cli")
 MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8}}
 
 
@@ -43,7 +44,7 @@ class Process:
         program: what Python runs with the arguments.
     """
 
-    def __init__(self, arguments: Sequence[str], program: Sequence[str] = ("-m", "tools.cli")) -> None:
+    def __init__(self, arguments: Sequence[str], program: Sequence[str] = CLI) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,

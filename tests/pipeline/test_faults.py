@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.pipeline.faults import N_PROMPTS, Reader, Site, run, schedule
+from tests.pipeline.faults import N_PROMPTS, Fault, Reader, Schedule, Site, run, schedule
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(300)]
 
@@ -58,6 +58,27 @@ def test_faults_change_no_token(sites: Sites, prompts: list[str], seed: int) -> 
         print(site.log_tail())
         sites.drop()
         raise
+
+
+@pytest.mark.parametrize(
+    ("service", "defect", "fault", "seen"),
+    [
+        ("sampler", "accept_a_refused_proposal", Fault("lie", 1, 30, "half"), "other tokens than"),
+        ("verifier", "give_up_on_a_new_sampler", Fault("sampler", 5, 1), "sampler_lost_session"),
+        ("verifier", "lose_cancelled_sessions", Fault("cancel", 5, 1), "1 sessions are left"),
+    ],
+)
+def test_a_planted_defect_is_seen(
+    sites: Sites, prompts: list[str], service: str, defect: str, fault: Fault, seen: str
+) -> None:
+    """The checks of a run can fail: each kind of them notices a defect that it is there for."""
+    site = sites.get()
+    site.restart(service, ("-m", "tests.pipeline.planted", defect))
+    site.settle()
+    with pytest.raises(AssertionError, match=seen):
+        run(site, Schedule(0, (("greedy", 0),), "liar", (fault,)), prompts, patience_s=3)
+    site.restart(service)
+    site.settle()
 
 
 def test_the_liar_is_one_to_be_believed(sites: Sites, prompts: list[str]) -> None:

@@ -1,0 +1,46 @@
+"""The CLI with a defect planted into it: `python -m tests.pipeline.planted DEFECT ARGUMENTS...`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from services.sampler import session as sampling
+from services.verifier import sampler_client
+from services.verifier.stepper import Stepper
+from shared.sampling.acceptance import Decision
+from tools.cli import main
+
+
+def accept_a_refused_proposal() -> None:
+    """The sampler accepts the first proposal that it should refuse."""
+    decide = sampling.decide
+
+    def wrong(params: Any, history: Any, proposals: Any, *rest: Any) -> Any:
+        decision = decide(params, history, proposals, *rest)
+        if isinstance(decision, Decision) and decision.n_accepted < len(proposals):
+            return Decision(decision.n_accepted + 1, decision.token)
+        return decision
+
+    vars(sampling)["decide"] = wrong
+
+
+def give_up_on_a_new_sampler() -> None:
+    """The verifier ends sessions that a restarted sampler does not know."""
+    vars(sampler_client)["_MAX_RESYNCS"] = 0
+
+
+def lose_cancelled_sessions() -> None:
+    """The verifier drops a session whose client has gone, and tells nobody."""
+
+    def cancel(stepper: Stepper, session_id: int) -> None:
+        session = stepper._running.get(session_id)
+        if session is not None:
+            stepper._release(session)
+
+    Stepper._cancel = cancel  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    globals()[sys.argv.pop(1)]()
+    main()
