@@ -134,6 +134,13 @@ class GatewayService(Service):
     def idle(self) -> bool:
         return self._serving is None or self._serving.done()
 
+    def held(self) -> dict[str, int]:
+        return {
+            "requests": self._n_admitted,
+            "generations": len(self._exchanges),
+            "questions": len(self._statuses) + self.tokenizer.n_questions,
+        }
+
     def drain(self) -> None:
         self.router.goodbye("draining")
         self._server.should_exit = True

@@ -68,6 +68,13 @@ class SamplerService(Service):
         )
         self._link.bind(self.settings.endpoint("sampler"))
 
+    def held(self) -> dict[str, int]:
+        clients = self._clients.values()
+        return {
+            "sessions": sum(len(client.sessions) for client in clients),
+            "steps": sum(client.step is not None for client in clients),
+        }
+
     def drain(self) -> None:
         self.log.info("rows_sampled", rows=self._rows, full_rows=self._full_rows)
 

@@ -69,6 +69,10 @@ class Stepper:
     def n_sessions(self) -> int:
         return len(self._running) + len(self._waiting)
 
+    @property
+    def n_slots_taken(self) -> int:
+        return self._engine.info.n_slots - self._slots.n_free
+
     def receive(self, message: Any, at_us: int | None = None) -> None:
         """Take in an OpenTarget, Proposal or Close, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):

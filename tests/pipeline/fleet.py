@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -72,6 +73,12 @@ class Process:
                 pytest.fail(f"the process ended before it said {text!r}:\n{''.join(self.lines[-30:])}")
             if text in line:
                 return line
+
+    def logged(self, event: str) -> dict[str, Any]:
+        """The last log line of this kind so far."""
+        line = next(line for line in reversed(self.lines) if f'"event": "{event}"' in line)
+        entry: dict[str, Any] = json.loads(line[line.index("{") :])
+        return entry
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""

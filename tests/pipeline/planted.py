@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from services.gateway.service import Exchange, GatewayService
 from services.sampler import session as sampling
 from services.verifier import sampler_client
 from services.verifier.stepper import Stepper
@@ -39,6 +42,27 @@ def lose_cancelled_sessions() -> None:
             stepper._release(session)
 
     Stepper._cancel = cancel  # type: ignore[method-assign]
+
+
+def leak_descriptors() -> None:
+    """The gateway opens a file for each request, and leaves it open."""
+    _at_each_request(lambda: os.open(os.devnull, os.O_RDONLY))
+
+
+def leak_memory() -> None:
+    """The gateway keeps a few megabytes of each request."""
+    kept: list[bytes] = []
+    _at_each_request(lambda: kept.append(b"x" * (8 << 20)))
+
+
+def _at_each_request(leak: Callable[[], Any]) -> None:
+    log_done = GatewayService._log_done
+
+    def wrong(gateway: GatewayService, exchange: Exchange) -> None:
+        leak()
+        log_done(gateway, exchange)
+
+    GatewayService._log_done = wrong  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
