@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from services.verifier.controller import Arrivals, Calibration
 from shared.engine.interface import Float32, Int32
 from shared.errors import WireError
-from shared.messages import MAX_RUN, Limits, Proposal, TargetStats
+from shared.messages import MAX_Q, MAX_RUN, Limits, Proposal, TargetStats
 from shared.prefix import TokenPrefix, extend
 from shared.sampling.acceptance import ProposalDistribution
 from shared.sampling.params import SamplingParams
 
 _MAX_PARKED = 16
-_MAX_Q = 1024
-"""Most entries of one proposal's distribution."""
-
+_MAX_OFFERS = 4 * MAX_RUN
+"""Proposals looked at between two commits: a worker with the widest window sends a token at a time, and all again."""
 Distribution = tuple[Int32, Float32]
 """A draft's sparse distribution for one token: ids [k] int32, probabilities [k] float32."""
 
@@ -89,6 +88,7 @@ class TargetSession:
         """How many positions of the slot's cache hold the prefix."""
         self._chain_hashes = [self.prefix.hash]
         self._parked: dict[int, Proposal] = {}
+        self._n_offers = 0
 
     @property
     def known(self) -> int:
@@ -103,7 +103,8 @@ class TargetSession:
     def offer(self, proposal: Proposal, at_us: int = 0) -> bool:
         """Take a proposal in, which arrived at `at_us`; False when it is stale: its prefix is not this session's."""
         known = self.known
-        if not self._offer(proposal):
+        self._n_offers += 1
+        if self._n_offers > _MAX_OFFERS or not self._offer(proposal):
             self.counters.n_stale += len(proposal.tokens)
             self.arrivals.stale(at_us / 1e6)
             return False
@@ -183,7 +184,7 @@ class TargetSession:
         end = 0
         for token, count, c in zip(proposal.tokens, counts, confidence, strict=True):
             start, end = end, end + count
-            if count > _MAX_Q:
+            if count > MAX_Q:
                 return None
             distribution = ProposalDistribution(proposal.q_ids[start:end], proposal.q_probs[start:end])
             try:
@@ -199,6 +200,7 @@ class TargetSession:
 
     def commit(self, tokens: Sequence[int], at_us: int = 0) -> None:
         """Make tokens final; the proposals that they contradict are dropped, the others go on waiting."""
+        self._n_offers = 0
         n_waiting, agreed = len(self.chain), 0
         for proposed, token in zip(self.chain, tokens, strict=False):
             if proposed.token != token:

@@ -160,6 +160,18 @@ def test_what_never_fits_does_not_keep_out_what_will() -> None:
     assert chain(session) == [1, 2, 3]
 
 
+def test_a_flood_ends_with_the_next_commit() -> None:
+    """Of a worker's contradicting proposals only so many are looked at; after a commit a worker is heard again."""
+    session = open_target()
+    for number in range(1000):
+        session.offer(propose(PROMPT, 3, [number]))
+    assert chain(session) == [4 * MAX_RUN - 1]
+    assert session.counters.n_stale == 1000 - 4 * MAX_RUN
+    session.commit([8])
+    assert session.offer(propose([*PROMPT, 8], 4, [1]))
+    assert chain(session) == [1]
+
+
 def test_a_position_that_no_window_reaches_is_stale() -> None:
     """Proposals beyond it, or beyond any context, are counted and not kept."""
     session = open_target()

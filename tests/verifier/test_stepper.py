@@ -853,6 +853,22 @@ def test_a_restarted_sampler_changes_nothing(world: World, plain: Callable[..., 
     assert world.generated(1) == expected
 
 
+def test_a_verifier_that_was_silent_for_long_goes_on(
+    world: World, plain: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler forgets who has not been heard for long, and nobody else; the sessions are opened again if need be."""
+    expected = plain(prompt(9), sampling=PENALIZED)
+    world.open(1, prompt(9), sampling=PENALIZED)
+    world.stepper.step()
+    world.sampler._forget_silent()
+    assert world.sampler.held()["sessions"] == 1
+    monkeypatch.setattr("services.sampler.service.CLIENT_S", 0.0)
+    world.sampler._forget_silent()
+    assert world.sampler.held()["sessions"] == 0
+    world.run()
+    assert world.generated(1) == expected
+
+
 def test_a_lost_question_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that does not answer is asked again after a while, and the step goes on as if nothing were."""
     monkeypatch.setattr("services.verifier.sampler_client._RETRY_MS", 0)
