@@ -25,7 +25,7 @@ MAX_CLIENTS = 64
 """Verifiers remembered; those not heard for longest go first: routing ids of processes that are gone."""
 
 CLIENT_S = 600.0
-"""How long a silent verifier's sessions are kept; one that comes back after that opens them again, as after a restart."""
+"""How long a silent verifier's sessions are kept; one that is heard again opens them anew, as after a restart."""
 
 
 @dataclass(slots=True)

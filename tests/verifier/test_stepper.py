@@ -856,7 +856,7 @@ def test_a_restarted_sampler_changes_nothing(world: World, plain: Callable[..., 
 def test_a_verifier_that_was_silent_for_long_goes_on(
     world: World, plain: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The sampler forgets who has not been heard for long, and nobody else; the sessions are opened again if need be."""
+    """The sampler forgets who has not been heard for long, and nobody else; sessions are opened again if need be."""
     expected = plain(prompt(9), sampling=PENALIZED)
     world.open(1, prompt(9), sampling=PENALIZED)
     world.stepper.step()
