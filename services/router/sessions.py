@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from services.router.peers import Peer
 from shared.messages import Commit, DraftStats, Generate, Proposal
 
+# What `DraftStats` can say: a worker's claims must not make a message that its reader refuses.
+_MOST_TOKENS = 2**32 - 1
+_MOST_US = 2**53
+
 
 @dataclass(slots=True)
 class Session:
@@ -37,9 +41,9 @@ class Session:
     def drafted(self, proposal: Proposal) -> None:
         """Count a run that the worker has sent for the first time (a resent one cost it nothing)."""
         if proposal.decode_us or proposal.prefill_us:
-            self.n_drafted += len(proposal.tokens)
-        self.prefill_us += proposal.prefill_us
-        self.decode_us += proposal.decode_us
+            self.n_drafted = min(_MOST_TOKENS, self.n_drafted + len(proposal.tokens))
+        self.prefill_us = min(_MOST_US, self.prefill_us + proposal.prefill_us)
+        self.decode_us = min(_MOST_US, self.decode_us + proposal.decode_us)
 
     def committed(self, commit: Commit) -> None:
         self.tokens.extend(commit.tokens)

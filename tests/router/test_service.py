@@ -339,6 +339,21 @@ def test_a_generation_passes_through(net: Net) -> None:
     assert net.cli.status().n_sessions == 0
 
 
+def test_claimed_costs_stay_within_what_can_be_said(net: Net) -> None:
+    """A worker that claims centuries for its proposals does not keep the client from its end."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(5)
+    opened = verifier.expect(OpenTarget)
+    worker.expect(OpenDraft)
+    for _ in range(3):
+        worker.send(
+            Proposal(opened.session, 3, TokenPrefix(PROMPT).hash, (4,), (0.5,), prefill_us=2**53, decode_us=2**53)
+        )
+        verifier.expect(Proposal)
+    verifier.send(commit(opened.session, list(PROMPT), 9, finish="stop", stats=TargetStats()))
+    assert gateway.expect(Finished).draft == DraftStats("a", 3, 2**53, 2**53, 0)
+
+
 def test_the_nearest_worker_drafts(net: Net) -> None:
     """Of several workers the one with the lowest round trip gets the session, whoever came first."""
     net.verifier()
