@@ -77,7 +77,9 @@ class Stepper:
         """Take in an OpenTarget, Proposal or Close, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):
             session = self._running.get(message.session) or self._waiting.get(message.session)
-            if session is not None and max(message.tokens) < self._engine.info.n_vocab:
+            if session is not None and max(message.tokens) >= self._engine.info.n_vocab:
+                session.counters.n_stale += len(message.tokens)
+            elif session is not None:
                 known = session.known
                 session.offer(message, monotonic_us() if at_us is None else at_us)
                 if session is self._awaited and session.known > known:

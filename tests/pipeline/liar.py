@@ -213,6 +213,10 @@ class Liar:
         probs = np.array([0.5, np.nan, 0.5], np.float32)
         self._send(_proposal(session, tokens, q_counts=(1, 1, 1), q_ids=ids, q_probs=probs))
 
+    def _lie_cost(self, session: _Session) -> None:
+        """The truth, at a cost of centuries."""
+        self._send(_proposal(session, self._ahead(session) or [1], cost_us=2**53))
+
     def _lie_impostor(self, session: _Session) -> None:
         """It speaks for the verifier, for a gateway, and for the router."""
         commit = Commit(session.id, len(session.tokens), session.tokens.hash, (1, 2), 0, len(session.tokens), "stop")
@@ -253,6 +257,7 @@ def _proposal(
     q_counts: tuple[int, ...] = (),
     q_ids: np.ndarray[tuple[int], np.dtype[np.int32]] | None = None,
     q_probs: np.ndarray[tuple[int], np.dtype[np.float32]] | None = None,
+    cost_us: int = 100,
 ) -> Proposal:
     """What would be right for a session, but for what is given."""
     return Proposal(
@@ -264,8 +269,8 @@ def _proposal(
         q_counts,
         np.empty(0, np.int32) if q_ids is None else q_ids,
         np.empty(0, np.float32) if q_probs is None else q_probs,
-        0,
-        100,
+        cost_us,
+        cost_us,
     )
 
 

@@ -910,6 +910,7 @@ def test_proposals_outside_the_vocabulary_are_dropped(world: World) -> None:
     world.run()
     assert world.generated(1) == greedy(prompt(9), 6)
     assert world.stats(1).n_proposed == 0
+    assert world.stats(1).n_stale == 3
 
 
 def test_a_session_that_cannot_be_decided_ends_alone(make_world: MakeWorld) -> None:
