@@ -24,7 +24,7 @@ WARM_UP = 60
 """Sessions before the first measurement: caches fill, allocators get their arenas, lazy imports happen."""
 CONCURRENT = 4
 N_SHORT = 12
-MOST_GROWTH = 16 << 20
+MOST_GROWTH = 8 << 20
 """Bytes of resident memory that a process may gain; a session of these that left its KV cache would be far beyond."""
 VICTIM = "garbage"
 """The worker that is killed now and then; the others are measured."""

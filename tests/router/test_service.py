@@ -351,6 +351,7 @@ def test_claimed_costs_stay_within_what_can_be_said(net: Net) -> None:
         )
         verifier.expect(Proposal)
     verifier.send(commit(opened.session, list(PROMPT), 9, finish="stop", stats=TargetStats()))
+    assert gateway.expect(Tokens).tokens == (9,)
     assert gateway.expect(Finished).draft == DraftStats("a", 3, 2**53, 2**53, 0)
 
 
