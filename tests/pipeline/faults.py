@@ -82,7 +82,7 @@ ERRORS = {
 
 
 class Site:
-    """See the module's docstring. A context manager; at its end every process has ended in good order."""
+    """See the module's docstring. A context manager; at its end every process has ended in good order, and empty."""
 
     def __init__(self, *overrides: str) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="dw-")
@@ -104,7 +104,7 @@ class Site:
                 self.start(name)
             self.settle()
         except BaseException:
-            self._end()
+            self.end()
             raise
         return self
 
@@ -113,15 +113,15 @@ class Site:
         return Gateway(find_gateway(self.settings), SILENCE_S)
 
     def __exit__(self, *_: object) -> None:
-        statuses = self._end()
+        statuses = self.end()
         assert not any(statuses.values()), f"{statuses}\n{self.log_tail()}"
         held = {name: process.logged("draining") for name, process in self.processes.items() if name in HOLDING}
         for name, line in held.items():
             kinds = {kind: line[kind] for kind in HOLDING[name]}
             assert not any(kinds.values()), f"{name} still holds {kinds}"
 
-    def _end(self) -> dict[str, int]:
-        """End everything; the exit status of each process."""
+    def end(self) -> dict[str, int]:
+        """End everything, in whatever state it is; the exit status of each process."""
         self.liar.close()
         for name in list(self._stopped):
             self.resume(name)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgpack
+import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import zmq
 

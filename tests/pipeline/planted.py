@@ -6,18 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 from services.gateway.service import Exchange, GatewayService
-from services.sampler import session as sampling
-from services.verifier import sampler_client
 from services.verifier.stepper import Stepper
-from shared.sampling.acceptance import Decision
+from shared.sampling.acceptance import Decision, decide
 from tools.cli import main
 
 
 def accept_a_refused_proposal() -> None:
     """The sampler accepts the first proposal that it should refuse."""
-    decide = sampling.decide
 
     def wrong(params: Any, history: Any, proposals: Any, *rest: Any) -> Any:
         decision = decide(params, history, proposals, *rest)
@@ -25,23 +23,23 @@ def accept_a_refused_proposal() -> None:
             return Decision(decision.n_accepted + 1, decision.token)
         return decision
 
-    vars(sampling)["decide"] = wrong
+    patch("services.sampler.session.decide", wrong).start()
 
 
 def give_up_on_a_new_sampler() -> None:
     """The verifier ends sessions that a restarted sampler does not know."""
-    vars(sampler_client)["_MAX_RESYNCS"] = 0
+    patch("services.verifier.sampler_client._MAX_RESYNCS", 0).start()
 
 
 def lose_cancelled_sessions() -> None:
     """The verifier drops a session whose client has gone, and tells nobody."""
 
-    def cancel(stepper: Stepper, session_id: int) -> None:
+    def wrong(stepper: Stepper, session_id: int) -> None:
         session = stepper._running.get(session_id)
         if session is not None:
             stepper._release(session)
 
-    Stepper._cancel = cancel  # type: ignore[method-assign]
+    patch.object(Stepper, "_cancel", wrong).start()
 
 
 def leak_descriptors() -> None:
@@ -62,7 +60,7 @@ def _at_each_request(leak: Callable[[], Any]) -> None:
         leak()
         log_done(gateway, exchange)
 
-    GatewayService._log_done = wrong  # type: ignore[method-assign]
+    patch.object(GatewayService, "_log_done", wrong).start()
 
 
 if __name__ == "__main__":

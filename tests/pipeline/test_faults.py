@@ -20,7 +20,7 @@ RUNS = int(os.environ.get("FAULT_RUNS", "24"))
 
 
 class Sites:
-    """One fleet for many runs; a new one after a failure, which may have left it in any state."""
+    """One fleet for many runs; a new one after a failure."""
 
     def __init__(self, prompts: list[str]) -> None:
         self._prompts = prompts
@@ -34,16 +34,21 @@ class Sites:
         return self._site
 
     def drop(self) -> None:
-        site, self._site = self._site, None
-        if site is not None:
-            site.__exit__()
+        """After a failure, which may have left it in any state."""
+        if self._site is not None:
+            self._site.end()
+            self._site = None
+
+    def close(self) -> None:
+        if self._site is not None:
+            self._site.__exit__()
 
 
 @pytest.fixture(scope="module")
 def sites(prompts: list[str]) -> Iterator[Sites]:
     sites = Sites(prompts[:N_PROMPTS])
     yield sites
-    sites.drop()
+    sites.close()
 
 
 @pytest.mark.parametrize("seed", range(FIRST_SEED, FIRST_SEED + RUNS))
