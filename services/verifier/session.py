@@ -245,7 +245,7 @@ class TargetSession:
             n_proposed=c.n_proposed,
             n_accepted=c.n_accepted,
             by_depth=tuple((p, a) for p, a in c.by_depth),
-            n_stale=c.n_stale,
+            n_stale=min(c.n_stale, 2**32 - 1),  # a flood may go on for hours; the message must stay one
             full_rows=c.full_rows,
             queue_us=c.queue_us,
             prefill_us=c.prefill_us,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from services.draft.session import DraftSession, LostCommit
 from services.verifier.session import TargetSession
+from shared import wire
 from shared.messages import MAX_CONTEXT, MAX_RUN, Commit, Limits, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
@@ -170,6 +171,14 @@ def test_a_flood_ends_with_the_next_commit() -> None:
     session.commit([8])
     assert session.offer(propose([*PROMPT, 8], 4, [1]))
     assert chain(session) == [1]
+
+
+def test_after_hours_of_a_flood_the_figures_can_be_sent() -> None:
+    """However much was stale, the last commit's figures are a message that its reader takes."""
+    session = open_target()
+    session.counters.n_stale = 2**40
+    commit = Commit(1, 3, 0, (), 0, 3, "cancelled", session.stats(0))
+    assert wire.decode([bytes(frame) for frame in wire.encode(commit)]) == commit
 
 
 def test_a_position_that_no_window_reaches_is_stale() -> None:
