@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test test-faults test-leaks lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv and install Draftwire with what the tests need
 
@@ -28,6 +28,12 @@ demo: $(STAMP)  ## a target and a draft in separate processes, plain and specula
 
 test: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP)  ## 200 generations in which parts fail, drawn by number (FAULT_RUNS=, FAULT_SEED=)
+	FAULT_RUNS=$${FAULT_RUNS:-200} $(BIN)/python -m pytest tests/pipeline/test_faults.py
+
+test-leaks: $(STAMP)  ## 1000 short sessions with faults, and what they leave behind (LEAK_SESSIONS=)
+	LEAK_SESSIONS=$${LEAK_SESSIONS:-1000} $(BIN)/python -m pytest tests/pipeline/test_leaks.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -25,9 +25,10 @@ MAX_RUN = 64
 """Most tokens in one proposal, and most proposals verified in one step of a session."""
 MAX_STEP_SESSIONS = 256
 MAX_TEXT = 8 << 20
+MAX_U32 = 2**32 - 1
 MAX_MICROS = 2**53
 
-U32 = Annotated[int, Range(0, 2**32 - 1)]
+U32 = Annotated[int, Range(0, MAX_U32)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
 VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
@@ -39,6 +40,10 @@ Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
 TokenArray = Annotated[npt.NDArray[np.int32], Array("int32", 1, MAX_CONTEXT)]
 IdArray = Annotated[npt.NDArray[np.int32], Array("int32", 1, 1 << 24)]
 FloatArray = Annotated[npt.NDArray[np.float32], Array("float32", 1, 1 << 24)]
+MAX_Q = 1024
+"""Most entries of one token's draft distribution."""
+DraftIds = Annotated[npt.NDArray[np.int32], Array("int32", 1, MAX_RUN * MAX_Q)]
+DraftProbs = Annotated[npt.NDArray[np.float32], Array("float32", 1, MAX_RUN * MAX_Q)]
 DoubleArray = Annotated[npt.NDArray[np.float64], Array("float64", 1, 1 << 20)]
 IdRows = Annotated[npt.NDArray[np.int32], Array("int32", 2, 1 << 24)]
 FloatRows = Annotated[npt.NDArray[np.float32], Array("float32", 2, 1 << 26)]
@@ -328,8 +333,8 @@ class Proposal:
     tokens: Annotated[tuple[Token, ...], Range(1, MAX_RUN)]
     confidence: Annotated[tuple[float, ...], Range(0, MAX_RUN)] = ()
     q_counts: Annotated[tuple[U32, ...], Range(0, MAX_RUN)] = ()
-    q_ids: IdArray = field(default_factory=lambda: _NO_IDS)
-    q_probs: FloatArray = field(default_factory=lambda: _NO_FLOATS)
+    q_ids: DraftIds = field(default_factory=lambda: _NO_IDS)
+    q_probs: DraftProbs = field(default_factory=lambda: _NO_FLOATS)
     prefill_us: Micros = 0
     decode_us: Micros = 0
 

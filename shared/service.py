@@ -285,6 +285,13 @@ class Service(ABC):
         """Whether nothing is in progress, so that a drain may end."""
         return True
 
+    def held(self) -> dict[str, int]:
+        """How much it holds of what requests need, by kind; logged when a drain begins.
+
+        Any thread's state may be read. What is not 0 while nobody is served has leaked.
+        """
+        return {}
+
     def drain(self) -> None:  # noqa: B027 (optional)
         """Called once when the service is asked to stop: take no new work; what is in progress may end."""
 
@@ -359,7 +366,7 @@ class Service(ABC):
                 self.every(watchdog_us / 3e6, lambda: notify("WATCHDOG=1") if self.healthy() else None)
             await _first(stopping.wait(), self._done.wait())
             if self._failure is None:
-                self.log.info("draining")
+                self.log.info("draining", **self.held())
                 notify("STOPPING=1")
                 self.draining = True
                 self.drain()

@@ -70,12 +70,14 @@ class VerifierSettings:
     """engine: the target's. n_max: most proposals verified in one step of a session; 0 turns speculation off.
     length: "adaptive": as many of them as bring most tokens a second, by what steps have cost and proposals were worth
     so far, after a short wait where that is worth it; "fixed": all that are there.
+    max_waiting: sessions that wait for a slot; more are refused.
     top_k_rows: how many logits of a row travel to the sampler. prefill_chunk: prompt tokens in one forward pass.
     """
 
     engine: EngineSettings = field(default_factory=EngineSettings)
     n_max: Annotated[int, Range(0, MAX_RUN)] = 16
     length: Literal["adaptive", "fixed"] = "adaptive"
+    max_waiting: Annotated[int, Range(0, 10_000)] = 64
     top_k_rows: Annotated[int, Range(1, 4096)] = 128
     prefill_chunk: Annotated[int, Range(1, 8192)] = 256
 

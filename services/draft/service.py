@@ -37,6 +37,7 @@ class DraftService(Service):
         self._loaded: Future[Drafter] = Future()
         self._loaded.set_running_or_notify_cancel()
         self._connection: RouterConnection | None = None
+        self._worker: Worker | None = None
         self._stopping = False
 
     async def start(self) -> None:
@@ -77,6 +78,9 @@ class DraftService(Service):
         self.log.warning("sessions_dropped", reason=reason)
         self._mailbox.put(_FORGET, force=True)
 
+    def held(self) -> dict[str, int]:
+        return {} if self._worker is None else {"sessions": self._worker.n_sessions}
+
     def drain(self) -> None:
         # Its sessions move on to another worker at once; nothing is lost by leaving.
         if self._connection is not None:
@@ -101,7 +105,7 @@ class DraftService(Service):
     def _compute(self) -> None:
         drafter = self._load()
         try:
-            worker = Worker(drafter, self._emit)
+            self._worker = worker = Worker(drafter, self._emit)
             busy = False
             while not self._stopping:
                 self._thread.beat()

@@ -66,6 +66,8 @@ LINGER_S = 60.0
 """How long a client may take to read what is left after its generation has ended."""
 KEEP_ALIVE_S = 30
 _BACKLOG = 512
+_SEND_BUFFER = 128 << 10
+"""Bytes of a response that the kernel keeps for a client; more would hide for long that it does not read."""
 
 
 @dataclass(slots=True)
@@ -131,6 +133,13 @@ class GatewayService(Service):
 
     def idle(self) -> bool:
         return self._serving is None or self._serving.done()
+
+    def held(self) -> dict[str, int]:
+        return {
+            "requests": self._n_admitted,
+            "generations": len(self._exchanges),
+            "questions": len(self._statuses) + self.tokenizer.n_questions,
+        }
 
     def drain(self) -> None:
         self.router.goodbye("draining")
@@ -301,6 +310,7 @@ class GatewayService(Service):
 
     def _give_up(self, exchange: Exchange) -> None:
         """The client has let too much wait."""
+        self.log.warning("client_too_slow", request=exchange.id)
         if exchange.generation is not None:
             self._cancel(exchange.generation.request)
         self._limit_reading(exchange)
@@ -309,7 +319,12 @@ class GatewayService(Service):
         """Do not let a client that reads no more hold its place for ever."""
         exchange.unread()
         if exchange.task is not None:
-            exchange.unread = self.loop.call_later(LINGER_S, exchange.task.cancel).cancel
+            exchange.unread = self.loop.call_later(LINGER_S, self._cut, exchange).cancel
+
+    def _cut(self, exchange: Exchange) -> None:
+        if exchange.task is not None:
+            self.log.warning("client_cut", request=exchange.id)
+            exchange.task.cancel()
 
     def _conclude(self, exchange: Exchange) -> None:
         """The client has its answer, or is gone: end what the router still does for it, and log."""
@@ -382,6 +397,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # what it accepts inherits it
         listener.bind(address)
         listener.listen(_BACKLOG)
         listener.setblocking(False)

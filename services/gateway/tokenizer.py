@@ -70,6 +70,11 @@ class TokenizerClient:
         service.every(BEAT_S, self._beat)
 
     @property
+    def n_questions(self) -> int:
+        """How many wait for an answer."""
+        return len(self._questions)
+
+    @property
     def alive(self) -> bool:
         return self.description is not None and time.monotonic() - self._heard_at < SILENT_S
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from services.router.assignment import Assignment
 from services.router.peers import Peer
-from shared.messages import MAX_MICROS, Commit, DraftStats, Generate, Proposal
+from shared.messages import MAX_MICROS, MAX_U32, Commit, DraftStats, Generate, Proposal
 from shared.routing.figures import SessionFigures
 from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, SOON_COMMITS, TRIAL_COMMITS, Choice
 
@@ -63,7 +63,7 @@ class Session:
     def drafted(self, proposal: Proposal) -> None:
         """Count a run that the worker has sent for the first time (a resent one cost it nothing)."""
         if proposal.decode_us or proposal.prefill_us:
-            self.n_drafted += len(proposal.tokens)
+            self.n_drafted = min(MAX_U32, self.n_drafted + len(proposal.tokens))
         # A worker may say anything; the sum must fit into a message all the same.
         self.prefill_us = min(MAX_MICROS, self.prefill_us + proposal.prefill_us)
         self.decode_us = min(MAX_MICROS, self.decode_us + proposal.decode_us)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -23,6 +24,9 @@ MAX_SESSIONS = 4096
 MAX_CLIENTS = 64
 """Verifiers remembered; those not heard for longest go first: routing ids of processes that are gone."""
 
+CLIENT_S = 600.0
+"""How long a silent verifier's sessions are kept; one that is heard again opens them anew, as after a restart."""
+
 
 @dataclass(slots=True)
 class Step:
@@ -41,6 +45,7 @@ class Client:
 
     sessions: OrderedDict[int, SamplingSession] = field(default_factory=OrderedDict)
     step: Step | None = None
+    heard_at: float = 0.0
 
 
 class SamplerService(Service):
@@ -67,6 +72,14 @@ class SamplerService(Service):
             },
         )
         self._link.bind(self.settings.endpoint("sampler"))
+        self.every(CLIENT_S / 10, self._forget_silent)
+
+    def held(self) -> dict[str, int]:
+        clients = self._clients.values()
+        return {
+            "sessions": sum(len(client.sessions) for client in clients),
+            "steps": sum(client.step is not None for client in clients),
+        }
 
     def drain(self) -> None:
         self.log.info("rows_sampled", rows=self._rows, full_rows=self._full_rows)
@@ -78,7 +91,16 @@ class SamplerService(Service):
             if len(self._clients) > MAX_CLIENTS:
                 self._clients.popitem(last=False)
         self._clients.move_to_end(peer)
+        client.heard_at = time.monotonic()
         return client
+
+    def _forget_silent(self) -> None:
+        """Verifiers that are gone do not say so."""
+        while self._clients:
+            peer, client = next(iter(self._clients.items()))
+            if time.monotonic() - client.heard_at < CLIENT_S:
+                return
+            del self._clients[peer]
 
     def _on_open(self, peer: bytes, message: OpenSampling) -> None:
         sessions = self._client(peer).sessions

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,7 @@ class SamplerClient:
         trace.mark("verifier.asking")
         self._link.send(verify)
         trace.mark("verifier.asked")
+        asked = {verify.step}
         deadline = time.monotonic() + _RETRY_MS / 1000
         resyncs = 0
         while True:
@@ -155,13 +157,15 @@ class SamplerClient:
                 continue
             if not self._alive():
                 raise Stopped
-            if isinstance(message, NeedRows) and message.step == verify.step:
+            if isinstance(message, NeedRows) and message.step in asked:
                 full = np.stack([logits.dense(row) for row in message.rows])
-                self._link.send(FullRows(verify.step, message.rows, full))
-            elif isinstance(message, Verdict) and message.step == verify.step:
+                self._link.send(FullRows(message.step, message.rows, full))
+            elif isinstance(message, Verdict) and message.step in asked:
                 if not any(item.resync for item in message.items):
                     self.sample_us = message.sample_us
                     return message.items
+                if message.step != verify.step:
+                    continue  # it was asked before the sessions were opened again
                 resyncs += 1
                 if resyncs > _MAX_RESYNCS:
                     lost = frozenset(item.session for item in message.items if item.resync)
@@ -170,19 +174,27 @@ class SamplerClient:
                     if item.resync:
                         self._log.info("sampler_resync", session=session.id)
                         self.open(session)
-                self._link.send(verify)
+                verify = self._again(verify, asked)
             elif isinstance(message, Error):
                 self._log.error("sampler_error", code=message.code, reason=message.message)
                 everyone = frozenset(session.id for session in sessions)
                 if message.ref in everyone:
                     raise StepRefused(frozenset((message.ref,)), message)
                 # 0: not even readable, so that it names neither.
-                if message.ref in (0, verify.step):
+                if message.ref == 0 or message.ref in asked:
                     raise StepRefused(everyone, message)
             elif message is None and time.monotonic() > deadline:
                 self._log.warning("sampler_silent", step=verify.step)
-                self._link.send(verify)
+                verify = self._again(verify, asked)
                 deadline = time.monotonic() + _RETRY_MS / 1000
+
+    def _again(self, verify: Verify, asked: set[int]) -> Verify:
+        """Ask once more, under a new number: copies for a sampler that is away queue up, and all are answered."""
+        self._step += 1
+        again = replace(verify, step=self._step)
+        asked.add(again.step)
+        self._link.send(again)
+        return again
 
 
 def _joined(parts: Sequence[npt.NDArray[Any]], dtype: type) -> npt.NDArray[Any]:

@@ -48,6 +48,8 @@ class VerifierService(Service):
         self._connection: RouterConnection | None = None
         self._stopping = False
         self._n_sessions = 0
+        """Without those whose last commit is not yet with the event loop."""
+        self._stepper: Stepper | None = None
 
     async def start(self) -> None:
         self._thread.start()
@@ -91,6 +93,11 @@ class VerifierService(Service):
     def idle(self) -> bool:
         return self._n_sessions == 0
 
+    def held(self) -> dict[str, int]:
+        if self._stepper is None:
+            return {}
+        return {"sessions": self._stepper.n_sessions, "slots": self._stepper.n_slots_taken}
+
     def drain(self) -> None:
         if self._connection is not None:
             self._connection.goodbye("draining")
@@ -119,7 +126,8 @@ class VerifierService(Service):
         link = BlockingLink(self.context, self.settings.endpoint("sampler"))
         try:
             sampler = SamplerClient(link, engine.info.n_vocab, settings.top_k_rows, self.log, self._alive)
-            self._steps(Stepper(engine, sampler, settings, self._emit))
+            self._stepper = Stepper(engine, sampler, settings, self._emit)
+            self._steps(self._stepper)
         except Stopped:
             pass
         finally:

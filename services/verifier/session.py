@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 from services.verifier.controller import Arrivals, Calibration, Candidate
 from shared.engine.interface import Float32, Int32
 from shared.errors import WireError
-from shared.messages import MAX_RUN, Limits, Proposal, Speculation, TargetStats
+from shared.messages import MAX_Q, MAX_RUN, Limits, Proposal, Speculation, TargetStats
 from shared.prefix import TokenPrefix, extend
 from shared.sampling.acceptance import ProposalDistribution
 from shared.sampling.params import SamplingParams
 
 _MAX_PARKED = 16
-_MAX_Q = 1024
-"""Most entries of one proposal's distribution."""
-
+_MAX_OFFERS = 4 * MAX_RUN
+"""Proposals looked at between two commits: a worker with the widest window sends a token at a time, and all again."""
 Distribution = tuple[Int32, Float32]
 """A draft's sparse distribution for one token: ids [k] int32, probabilities [k] float32."""
 
@@ -89,6 +88,7 @@ class TargetSession:
         """How many positions of the slot's cache hold the prefix."""
         self._chain_hashes = [self.prefix.hash]
         self._parked: dict[int, Proposal] = {}
+        self._n_offers = 0
 
     @property
     def known(self) -> int:
@@ -103,7 +103,8 @@ class TargetSession:
     def offer(self, proposal: Proposal, at_us: int = 0) -> bool:
         """Take a proposal in, which arrived at `at_us`; False when it is stale: its prefix is not this session's."""
         known = self.known
-        if not self._offer(proposal):
+        self._n_offers += 1
+        if self._n_offers > _MAX_OFFERS or not self._offer(proposal):
             self.counters.n_stale += len(proposal.tokens)
             self.arrivals.stale(at_us / 1e6)
             return False
@@ -156,9 +157,12 @@ class TargetSession:
 
     def _offer(self, proposal: Proposal) -> bool:
         committed, start = len(self.prefix), proposal.start
+        if start > committed + MAX_RUN:
+            return False  # no window reaches so far
         if start > self.known:
-            if len(self._parked) < _MAX_PARKED:
-                self._parked[start] = proposal
+            self._parked[start] = proposal
+            if len(self._parked) > _MAX_PARKED:
+                del self._parked[max(self._parked)]  # the one that will be reached last, if ever
             return True
         if start >= committed:
             if self._chain_hashes[start - committed] != proposal.prefix_hash:
@@ -197,7 +201,7 @@ class TargetSession:
         Garbage must end here: the sampler would refuse the whole step for it.
         """
         counts = proposal.q_counts
-        confidence: Sequence[float | None] = proposal.confidence
+        confidence = [c if 0.0 <= c <= 1.0 else None for c in proposal.confidence]
         if len(confidence) != len(proposal.tokens):
             confidence = [None] * len(proposal.tokens)
         if not counts or self.sampling.acceptance != "rejection" or self.sampling.greedy:
@@ -209,7 +213,7 @@ class TargetSession:
         end = 0
         for token, count, c in zip(proposal.tokens, counts, confidence, strict=True):
             start, end = end, end + count
-            if count > _MAX_Q:
+            if count > MAX_Q:
                 return None
             distribution = ProposalDistribution(proposal.q_ids[start:end], proposal.q_probs[start:end])
             try:
@@ -225,6 +229,7 @@ class TargetSession:
 
     def commit(self, tokens: Sequence[int], at_us: int = 0) -> None:
         """Make tokens final; the proposals that they contradict are dropped, the others go on waiting."""
+        self._n_offers = 0
         n_waiting, agreed = len(self.chain), 0
         for proposed, token in zip(self.chain, tokens, strict=False):
             if proposed.token != token:
@@ -269,7 +274,7 @@ class TargetSession:
             n_proposed=c.n_proposed,
             n_accepted=c.n_accepted,
             by_depth=tuple((p, a) for p, a in c.by_depth),
-            n_stale=c.n_stale,
+            n_stale=min(c.n_stale, 2**32 - 1),  # a flood may go on for hours; the message must stay one
             full_rows=c.full_rows,
             queue_us=c.queue_us,
             prefill_us=c.prefill_us,

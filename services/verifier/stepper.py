@@ -59,6 +59,7 @@ class Stepper:
         self._sampler = sampler
         self._emit = emit
         self._n_max = settings.n_max
+        self._max_waiting = settings.max_waiting
         self.controller = LengthController()
         self._fixed = settings.length == "fixed"
         self._decisions = DecisionLog(adaptive=not self._fixed)
@@ -86,11 +87,17 @@ class Stepper:
     def n_sessions(self) -> int:
         return len(self._running) + len(self._waiting)
 
+    @property
+    def n_slots_taken(self) -> int:
+        return self._engine.info.n_slots - self._slots.n_free
+
     def receive(self, message: Any, at_us: int | None = None) -> None:
         """Take in an OpenTarget, Proposal, Close or GetExplanation, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):
             session = self._running.get(message.session) or self._waiting.get(message.session)
-            if session is not None and max(message.tokens) < self._engine.info.n_vocab:
+            if session is not None and max(message.tokens) >= self._engine.info.n_vocab:
+                session.counters.n_stale += len(message.tokens)
+            elif session is not None:
                 known = session.known
                 session.offer(message, monotonic_us() if at_us is None else at_us)
                 if session is self._awaited and session.known > known:
@@ -216,6 +223,11 @@ class Stepper:
             self._out = []
 
     def _open(self, message: OpenTarget) -> None:
+        # Those that find a slot in the next step do not wait.
+        if len(self._waiting) >= self._max_waiting + self._slots.n_free:
+            reason = f"{len(self._waiting)} generations wait for a slot already"
+            self._out.append(Error(message.session, "overloaded", reason, "try again", 1))
+            return
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
         speculation = replace(message.speculation, n_max=min(self._n_max, message.speculation.n_max))
@@ -355,6 +367,7 @@ class Stepper:
         session = self._waiting.pop(session_id, None)
         if session is not None:
             start, prefix_hash = len(session.prefix), session.prefix.hash
+            session.counters.queue_us = monotonic_us() - session.opened_us
             stats = session.stats(monotonic_us())
             self._out.append(Commit(session_id, start, prefix_hash, (), 0, session.known, "cancelled", stats))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import signal
@@ -24,6 +25,7 @@ from tools.fleet import Gateway, find_gateway, is_serving, router_status
 
 START_S = 120
 N_TOKENS = 32
+CLI = ("-m", "tools.cli")
 MODES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, "sampled": {"temperature": 0.8}}
 
 
@@ -37,11 +39,15 @@ class Completion:
 
 
 class Process:
-    """A child process whose output lines can be waited for."""
+    """A child process whose output lines can be waited for.
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    Args:
+        program: what Python runs with the arguments.
+    """
+
+    def __init__(self, arguments: Sequence[str], program: Sequence[str] = CLI) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tools.cli", *arguments],
+            [sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -67,6 +73,12 @@ class Process:
                 pytest.fail(f"the process ended before it said {text!r}:\n{''.join(self.lines[-30:])}")
             if text in line:
                 return line
+
+    def logged(self, event: str) -> dict[str, Any]:
+        """The last log line of this kind so far."""
+        line = next(line for line in reversed(self.lines) if f'"event": "{event}"' in line)
+        entry: dict[str, Any] = json.loads(line[line.index("{") :])
+        return entry
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""

@@ -16,6 +16,7 @@ import pytest
 from shared.errors import DraftwireError, RequestError
 from shared.service import EXIT_CONFIG
 from tests.pipeline.fleet import MODES, Fleet, Process, collect, running_fleet
+from tests.pipeline.processes import service_pid
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(300)]
 
@@ -104,7 +105,7 @@ def test_killed_service_comes_back(fleet: Fleet, service: str) -> None:
     """After any one process is killed in mid-generation, its client gets an end or an error, and the fleet recovers."""
     events = fleet.stream("def main():", **MODES["sampled"], n_predict=200)
     head = [next(events)]
-    _kill(service, fleet.run_dir)
+    os.kill(service_pid(service, fleet.run_dir), signal.SIGKILL)
     # A draft or a sampler that dies costs nothing; without one of the others the session cannot be finished.
     may_fail = service in ("router", "verifier", "tokenizer")
     with contextlib.suppress(DraftwireError) if may_fail else contextlib.nullcontext():
@@ -112,30 +113,6 @@ def test_killed_service_comes_back(fleet: Fleet, service: str) -> None:
     fleet.process.wait_for(f"{service} is ready again")
     fleet.wait_until_serving()
     assert_unharmed(fleet)
-
-
-def _kill(service: str, run_dir: Path) -> None:
-    name, _, instance = service.partition(" ")
-    (pid,) = [
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _is_service(_arguments(entry), name, instance, str(run_dir))
-    ]
-    os.kill(pid, signal.SIGKILL)
-
-
-def _arguments(entry: Path) -> list[str]:
-    try:
-        return (entry / "cmdline").read_text().split("\0")
-    except OSError:
-        return []
-
-
-def _is_service(arguments: list[str], name: str, instance: str, run_dir: str) -> bool:
-    if "service" not in arguments or not any(run_dir in argument for argument in arguments):
-        return False
-    given = arguments[arguments.index("service") + 1 :]
-    return given[:1] == [name] and (not instance or instance in given)
 
 
 def test_split_model_gives_the_same_text(fleet: Fleet, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from services.draft.session import DraftSession, LostCommit
 from services.verifier.session import TargetSession
-from shared.messages import MAX_RUN, Commit, Limits, OpenDraft, Proposal, Speculation
+from shared import wire
+from shared.messages import MAX_CONTEXT, MAX_RUN, Commit, Limits, OpenDraft, Proposal, Speculation
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
@@ -165,6 +166,54 @@ def test_what_waits_for_its_predecessor_is_bounded() -> None:
     assert len(session._parked) <= MAX_PARKED
     session.commit(range(2000))
     assert not session._parked
+
+
+def test_what_never_fits_does_not_keep_out_what_will() -> None:
+    """A worker that filled the places of early proposals with nonsense does not hinder the one that replaces it."""
+    session = open_target()
+    for start in range(8, 3 + MAX_RUN):
+        session.offer(propose([], start, [9]))
+    assert session.offer(propose([*PROMPT, 1, 2], 5, [3]))
+    assert session.offer(propose(PROMPT, 3, [1, 2]))
+    assert chain(session) == [1, 2, 3]
+
+
+def test_a_flood_ends_with_the_next_commit() -> None:
+    """Of a worker's contradicting proposals only so many are looked at; after a commit a worker is heard again."""
+    session = open_target()
+    for number in range(1000):
+        session.offer(propose(PROMPT, 3, [number]))
+    assert chain(session) == [4 * MAX_RUN - 1]
+    assert session.counters.n_stale == 1000 - 4 * MAX_RUN
+    session.commit([8])
+    assert session.offer(propose([*PROMPT, 8], 4, [1]))
+    assert chain(session) == [1]
+
+
+def test_after_hours_of_a_flood_the_figures_can_be_sent() -> None:
+    """However much was stale, the last commit's figures are a message that its reader takes."""
+    session = open_target()
+    session.counters.n_stale = 2**40
+    commit = Commit(1, 3, 0, (), 0, 3, "cancelled", session.stats(0))
+    assert wire.decode([bytes(frame) for frame in wire.encode(commit)]) == commit
+
+
+def test_a_position_that_no_window_reaches_is_stale() -> None:
+    """Proposals beyond it, or beyond any context, are counted and not kept."""
+    session = open_target()
+    for start in (3 + MAX_RUN + 1, MAX_CONTEXT):
+        assert not session.offer(propose([], start, [1]))
+    assert not session._parked
+    assert session.counters.n_stale == 2
+
+
+@pytest.mark.parametrize("confidence", [float("nan"), float("inf"), -1.0, 1.5, 1e300])
+def test_a_confidence_that_is_no_probability_counts_as_none(confidence: float) -> None:
+    """Expectations stay probabilities, whatever a worker claims."""
+    session = open_target()
+    assert session.offer(propose(PROMPT, 3, [1, 2], confidence=(confidence, 0.5)))
+    assert [p.confidence for p in session.chain] == [None, 0.5]
+    assert all(0 <= share <= 1 for share in session.candidate().reach)
 
 
 # -- distributions of proposals --

@@ -149,11 +149,18 @@ class DirectLink:
         self.kinds: list[type] = []
         self.silent = 0
         """How many messages are lost from now on."""
+        self.away = 0
+        """How often the sampler is waited for in vain from now on, until a new one gets all that was sent meanwhile."""
+        self._held: list[Message] = []
+        self._restart = sampler._clients.clear
         sampler._link = Mock(send=lambda message, _peer: self._answers.append(message) or True)
 
     def send(self, message: Message) -> bool:
         if self.silent:
             self.silent -= 1
+            return True
+        if self.away:
+            self._held.append(message)
             return True
         received: Any = wire.decode([bytes(frame) for frame in wire.encode(message)])
         self._handlers[type(received)](b"verifier", received)
@@ -161,6 +168,14 @@ class DirectLink:
 
     def receive(self, timeout_ms: int) -> Message | None:
         assert timeout_ms > 0
+        if self.away:
+            self.away -= 1
+            if not self.away:
+                self._restart()
+                held, self._held = self._held, []
+                for message in held:
+                    self.send(message)
+            return None
         if not self._answers:
             return None
         message = self._answers.popleft()
@@ -546,6 +561,23 @@ def test_sessions_wait_for_slots(make_world: MakeWorld) -> None:
         assert (world.stats(session).queue_us > 0) or session < 2
 
 
+def test_beyond_the_bound_sessions_are_refused(make_world: MakeWorld) -> None:
+    """Free slots count, also before a step has filled them; who is refused is told to come back, and may."""
+    world = make_world(n_slots=2, max_waiting=1)
+    for session in range(4):
+        world.open(session, prompt(6, seed=session), max_tokens=3)
+    world.stepper.step()
+    assert [(e.ref, e.code, e.retry_after_s) for e in world.errors] == [(3, "overloaded", 1)]
+    world.open(4, prompt(6, seed=4), max_tokens=3)
+    world.run()
+    assert [e.ref for e in world.errors] == [3, 4]
+    world.errors.clear()
+    world.open(3, prompt(6, seed=3), max_tokens=3)
+    world.run()
+    for session in range(4):
+        assert world.generated(session) == greedy(prompt(6, seed=session), 3)
+
+
 def test_a_long_prompt_does_not_stop_the_others(make_world: MakeWorld) -> None:
     """While a prompt is computed in chunks, a decoding session gets a token in every step."""
     world = make_world(n_slots=2, prefill_chunk=8, n_batch=30)
@@ -572,6 +604,7 @@ def test_cancel_while_waiting(make_world: MakeWorld) -> None:
     world.stepper.receive(Close(2))
     world.run()
     assert [(c.tokens, c.finish) for c in world.commits[2]] == [((), "cancelled")]
+    assert world.stats(2).queue_us > 0
     for session in (1, 3):
         assert world.generated(session) == greedy(prompt(6, seed=session), 12)
 
@@ -866,6 +899,22 @@ def test_a_restarted_sampler_changes_nothing(world: World, plain: Callable[..., 
     assert world.generated(1) == expected
 
 
+def test_a_verifier_that_was_silent_for_long_goes_on(
+    world: World, plain: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sampler forgets who has not been heard for long, and nobody else; sessions are opened again if need be."""
+    expected = plain(prompt(9), sampling=PENALIZED)
+    world.open(1, prompt(9), sampling=PENALIZED)
+    world.stepper.step()
+    world.sampler._forget_silent()
+    assert world.sampler.held()["sessions"] == 1
+    monkeypatch.setattr("services.sampler.service.CLIENT_S", 0.0)
+    world.sampler._forget_silent()
+    assert world.sampler.held()["sessions"] == 0
+    world.run()
+    assert world.generated(1) == expected
+
+
 def test_a_lost_question_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sampler that does not answer is asked again after a while, and the step goes on as if nothing were."""
     monkeypatch.setattr("services.verifier.sampler_client._RETRY_MS", 0)
@@ -874,6 +923,19 @@ def test_a_lost_question_is_asked_again(world: World, monkeypatch: pytest.Monkey
     world.link.silent = 2
     world.run()
     assert world.generated(1) == greedy(prompt(9), 3)
+
+
+def test_a_sampler_that_is_away_for_long_changes_nothing(
+    world: World, plain: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that comes back without its sessions, to many copies of a question, is told of them once, and goes on."""
+    expected = plain(prompt(9), sampling=PENALIZED)
+    monkeypatch.setattr("services.verifier.sampler_client._RETRY_MS", 0)
+    world.open(1, prompt(9), sampling=PENALIZED)
+    world.stepper.step()
+    world.link.away = 20
+    world.run()
+    assert world.generated(1) == expected
 
 
 def test_the_end_of_the_process_ends_the_wait(world: World) -> None:
@@ -894,6 +956,7 @@ def test_proposals_outside_the_vocabulary_are_dropped(world: World) -> None:
     world.run()
     assert world.generated(1) == greedy(prompt(9), 6)
     assert world.stats(1).n_proposed == 0
+    assert world.stats(1).n_stale == 3
 
 
 def test_a_session_that_cannot_be_decided_ends_alone(make_world: MakeWorld) -> None:
