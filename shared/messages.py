@@ -25,13 +25,14 @@ MAX_RUN = 64
 """Most tokens in one proposal, and most proposals verified in one step of a session."""
 MAX_STEP_SESSIONS = 256
 MAX_TEXT = 8 << 20
+MAX_MICROS = 2**53
 
 U32 = Annotated[int, Range(0, 2**32 - 1)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
 VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 Position = Annotated[int, Range(0, MAX_CONTEXT)]
-Micros = Annotated[int, Range(0, 2**53)]
+Micros = Annotated[int, Range(0, MAX_MICROS)]
 Name = Annotated[str, Range(0, 200)]
 Sentence = Annotated[str, Range(0, 4000)]
 Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
@@ -199,10 +200,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """draft: "auto", "none", or a draft worker's instance name. n_max: most proposals verified in a step."""
+    """draft: "auto", "none", or a draft worker's instance name. n_max: most proposals verified in a step.
+
+    n_min: where fewer would be verified, none are. p_min: a proposal in which the draft has less confidence is not
+    verified, nor is what follows it. Both as in llama-server; bounds on what the verifier chooses by itself.
+    """
 
     draft: Name = "auto"
     n_max: Annotated[int, Range(0, MAX_RUN)] = MAX_RUN
+    n_min: Annotated[int, Range(0, MAX_RUN)] = 0
+    p_min: Annotated[float, Range(0.0, 1.0)] = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +247,7 @@ class TargetStats:
     by_depth: for each depth (proposed, accepted). n_cached: prompt tokens that were not computed again.
     prefill_us, verify_us: in the target engine. sample_us: in the sampler. wire_us: the exchange with the sampler
     beyond that. wait_us: the rest of the time between first commit and end. full_rows: rows that had to travel whole.
-    n_stale: proposed tokens that came too late to be verified.
+    n_stale: proposed tokens that came too late to be verified. session: its id.
     """
 
     n_prompt: Position = 0
@@ -259,6 +266,7 @@ class TargetStats:
     sample_us: Micros = 0
     wire_us: Micros = 0
     wait_us: Micros = 0
+    session: U64 = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +301,7 @@ class OpenTarget:
     tokens: TokenArray
     sampling: SamplingParams
     limits: Limits
-    n_max: Annotated[int, Range(0, MAX_RUN)]
+    speculation: Speculation = field(default_factory=Speculation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +316,8 @@ class Proposal:
     """Draft -> router -> verifier: tokens that continue the prefix named by its length and hash.
 
     start: position of tokens[0]. prefix_hash: of the session's tokens before `start` (`shared/prefix.py`).
-    confidence: the draft's probability of each token. The q arrays are empty except under rejection sampling: the
+    confidence: how sure the draft is that the target says the same, for each token (`shared/sampling/drafting.py`). The
+    q arrays are empty except under rejection sampling: the
     sparse distributions that the tokens were drawn from, q_counts[i] entries for token i.
     prefill_us, decode_us: the engine time that this run cost, for statistics.
     """
@@ -342,6 +351,16 @@ class Commit:
     known: Position
     finish: FinishReason = ""
     stats: TargetStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Verifier -> router, now and then while it steps: what steps of so many rows cost lately.
+
+    points: (rows, microseconds), rows ascending, the first of 1 row.
+    """
+
+    points: Annotated[tuple[tuple[U32, Micros], ...], Range(1, 64)]
 
 
 # --- Router <-> draft -------------------------------------------------------------------------------------------------
@@ -473,7 +492,7 @@ class GetStatus:
 
 @dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: registered, and not draining."""
+    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: neither draining nor demoted."""
 
     role: Role
     instance: Name
@@ -489,22 +508,117 @@ class PeerStatus:
     alive: bool
 
 
+WorkerState = Literal["ok", "probation", "demoted", "away"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A draft worker as the router judges it, of those there were since the router started.
+
+    state: "ok"; "demoted": kept out for `reason`, for retry_ms more if it is there all the time; "probation": it gets
+    one session to prove itself; "away": not registered now. token_us: time of a token of one session, with the sessions
+    it has. prefill_per_s: prompt tokens. acceptance: of a proposal, given that those before it were right, by n_judged
+    of them. speed_up: expected tokens/s with it, relative to plain decoding, for one session more.
+    """
+
+    instance: Name
+    engine: Name
+    model: Name
+    state: WorkerState
+    reason: Sentence
+    retry_ms: U32
+    n_demotions: U32
+    n_sessions: U32
+    n_slots: U32
+    rtt_us: Micros
+    token_us: Micros
+    prefill_per_s: U32
+    acceptance: Annotated[float, Range(0, 1)]
+    n_judged: U32
+    speed_up: Annotated[float, Range(0, 1e6)]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """A generation in progress. worker: who drafts for it, empty for plain decoding. why: the choice in words.
+
+    acceptance: of this worker's proposals here. speed_up: expected when it was chosen, relative to plain decoding.
+    """
+
+    session: U64
+    verifier: Name
+    worker: Name
+    why: Sentence
+    n_tokens: Position
+    n_moves: U32
+    acceptance: Annotated[float, Range(0, 1)]
+    speed_up: Annotated[float, Range(0, 1e6)]
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Router -> CLI or gateway."""
+    """Router -> CLI or gateway. sessions: the oldest 1,024."""
 
     ref: U64
     version: Name
     uptime_s: U32
     n_sessions: U32
     peers: Annotated[tuple[PeerStatus, ...], Range(0, 1024)]
+    workers: Annotated[tuple[WorkerStatus, ...], Range(0, 1024)] = ()
+    sessions: Annotated[tuple[SessionStatus, ...], Range(0, 1024)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GetExplanation:
+    """CLI -> router -> verifier: why did steps verify so many proposals? session 0: the one opened last."""
+
+    ref: U64
+    session: U64
+
+
+@dataclass(frozen=True, slots=True)
+class StepDecision:
+    """What a step decided for one session, and on what grounds.
+
+    position: of the first token that the step decided. waited_us: for proposals, after the step before. reach: of each
+    proposal that was there and might be verified, the expected probability that it and all before it are accepted.
+    length: proposals verified. n_accepted: of these. rows: of the step, of all n_sessions of it. rate: tokens/s that
+    were reached lately, the price of time. step_us: expected of the step with these rows; further_us: with one more;
+    took_us: it really took.
+    """
+
+    position: Position
+    waited_us: Micros
+    reach: Annotated[tuple[float, ...], Range(0, MAX_RUN)]
+    length: Annotated[int, Range(0, MAX_RUN)]
+    n_accepted: Annotated[int, Range(0, MAX_RUN)]
+    n_sessions: U32
+    rows: U32
+    rate: Annotated[float, Range(0, 1e9)]
+    step_us: Micros
+    further_us: Micros
+    took_us: Micros
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Verifier -> router -> CLI: the last decisions for a session, oldest first; none: it is not known (any more).
+
+    adaptive: lengths were chosen; otherwise all proposals that were there were verified. speculation: the bounds.
+    """
+
+    ref: U64
+    session: U64
+    adaptive: bool
+    speculation: Speculation
+    decisions: Annotated[tuple[StepDecision, ...], Range(0, 4096)]
 
 
 Message = (
     Hello | Welcome | Ping | Pong | Goodbye | Error
     | Describe | Description | Encode | Encoded | Decode | Decoded
     | Generate | Cancel | Tokens | Finished
-    | OpenTarget | Close | Proposal | Commit | OpenDraft
+    | OpenTarget | Close | Proposal | Commit | StepReport | OpenDraft
     | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
-    | GetStatus | Status
+    | GetStatus | Status | GetExplanation | Explanation
 )  # fmt: skip

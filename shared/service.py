@@ -67,6 +67,7 @@ class Link:
     Args:
         handlers: by message type; a message of another type is refused.
         fallback: gets what has no handler, instead of the refusal.
+        on_refused: told which peer's message was refused, and how.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Link:
         kind: int,
         handlers: dict[type, Handler],
         fallback: Handler | None = None,
+        on_refused: Callable[[bytes, Error], None] | None = None,
     ) -> None:
         self.name = name
         self._service = service
         self._handlers = handlers
         self._fallback = fallback
+        self._on_refused = on_refused
         self._kind = kind
         self._socket = _new_socket(service.context, kind)
         self._scheduled = False
@@ -178,6 +181,8 @@ class Link:
                 "message_refused", link=self.name, code=error.code, reason=error.message, refused=self.n_refused
             )
         self.send(error, peer)
+        if self._on_refused is not None:
+            self._on_refused(peer, error)
 
     def close(self) -> None:
         if not self._closed:
@@ -292,8 +297,15 @@ class Service(ABC):
 
     # -- what it uses --
 
-    def link(self, name: str, kind: int, handlers: dict[type, Handler], fallback: Handler | None = None) -> Link:
-        link = Link(self, name, kind, handlers, fallback)
+    def link(
+        self,
+        name: str,
+        kind: int,
+        handlers: dict[type, Handler],
+        fallback: Handler | None = None,
+        on_refused: Callable[[bytes, Error], None] | None = None,
+    ) -> Link:
+        link = Link(self, name, kind, handlers, fallback, on_refused)
         self._links.append(link)
         return link
 

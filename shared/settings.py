@@ -53,12 +53,16 @@ class GatewaySettings:
 class RouterSettings:
     """heartbeat_ms: between pings; a peer not heard for deadline_beats of them is treated as dead.
     window: how many tokens a draft may run ahead of the last commit. max_sessions: at a time; more are refused.
+    exploration: the share of new sessions that may try a draft worker whose figures are old. demotion_s: how long a
+    draft worker that misbehaves is kept out the first time, then twice as long, and so on; 0: never.
     """
 
     heartbeat_ms: Annotated[int, Range(10, 60_000)] = 500
     deadline_beats: Annotated[int, Range(2, 100)] = 6
     window: Annotated[int, Range(1, MAX_RUN)] = 32
     max_sessions: Annotated[int, Range(1, 10_000)] = 64
+    exploration: Annotated[float, Range(0, 1)] = 0.05
+    demotion_s: Annotated[float, Range(0, 600)] = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,46 @@ def _draft_instance(settings: Settings, instance: str) -> str:
 
 
 @app.command()
+def explain(
+    session: Annotated[
+        str, typer.Argument(metavar="[SESSION]", help="Its 16 digits, as in request_done and `draftwire workers`.")
+    ] = "",
+    last: Annotated[bool, typer.Option("--last", help="The session opened last (the default).")] = False,
+    steps: Annotated[int, typer.Option("--steps", "-n", min=1, metavar="N", help="Show the last N steps.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known as JSON, one object.")] = False,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Say why steps verified so many proposals of a generation, and no more.
+
+    For the last 512 steps of one of the verifier's last 16 sessions, also while it runs.
+
+    \b
+    there      proposals that had arrived and might be verified
+    expected   accepted ones, by what proposals of such confidence were worth so far
+    ms         what a step of so many rows, of all sessions together, was expected to take
+
+    \b
+    Examples:
+      draftwire explain
+      draftwire explain 1f3a5c7e9b2d4f60 --steps 100
+      draftwire explain --json | jq '.decisions[] | {position, length, reason}'
+    """
+    from rich.console import Console
+
+    from tools.explain import explanation_json, fetch, parse_session, print_explanation
+
+    if session and last:
+        raise SettingsError("a session and --last exclude each other", "give one of them")
+    explanation = fetch(_settings(config, overrides, run_dir), parse_session(session) if session else 0)
+    if as_json:
+        print(json.dumps(explanation_json(explanation), indent=2))
+    else:
+        print_explanation(explanation, steps, Console(markup=False, highlight=False))
+
+
+@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help='The text to continue; "-" reads it from stdin.')],
     temperature: Annotated[
@@ -241,6 +281,49 @@ def generate(
         acceptance=acceptance,
     )
     run_generate(_settings(config, overrides, run_dir), options, url=url, marks=marks, as_json=as_json)
+
+
+@app.command("workers")
+def workers_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, one object.")] = False,
+    watch: Annotated[
+        float | None, typer.Option("--watch", min=0.1, metavar="SECONDS", help="Show it again so often, until Ctrl-C.")
+    ] = None,
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    run_dir: RunDirOption = None,
+) -> None:
+    """Show how good the draft workers are, and who drafts for what.
+
+    \b
+    state      ok; demoted, with the reason: it gets no generations for a while; probation: one, to prove itself;
+               away: not connected
+    tokens/s   drafted for one generation, with as many as it has now
+    accepted   of its proposals whose predecessors were right, how many were right (of how many)
+    speed-up   expected with it, relative to plain decoding, for one generation more; ?: a guess, not measured yet
+
+    \b
+    Examples:
+      draftwire workers
+      draftwire workers --watch 2
+      draftwire workers --json | jq '.workers[] | {instance, state, speed_up}'
+    """
+    from rich.console import Console
+
+    from shared.messages import Status
+    from tools.workers import print_workers, show_workers, workers_json
+
+    console = Console(markup=False, highlight=False)
+
+    def show(status: Status) -> None:
+        if as_json:
+            print(json.dumps(workers_json(status), indent=None if watch else 2), flush=True)
+        else:
+            if watch and console.is_terminal:
+                console.clear()
+            print_workers(status, console)
+
+    show_workers(_settings(config, overrides, run_dir), show, watch)
 
 
 @app.command()

@@ -205,21 +205,31 @@ def joined_workers(settings: Settings) -> Status:
 
 def router_status(settings: Settings, timeout_s: float = 1.0) -> Any:
     """The router's `Status` of itself and its peers; None when no router answers."""
+    from shared.messages import GetStatus, Status
+
+    return ask_router(settings, GetStatus(random.getrandbits(63)), Status, timeout_s)
+
+
+def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float = 1.0) -> Any:
+    """The router's answer to a message, of the kind that is expected; None when it does not come in time.
+
+    Raises:
+        DraftwireError: what comes cannot be read.
+    """
     import zmq
 
     from shared import wire
-    from shared.messages import GetStatus
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.linger = 0
         sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
         sock.connect(settings.endpoint("router"))
-        sock.send_multipart(wire.encode(GetStatus(random.getrandbits(63))))
+        sock.send_multipart(wire.encode(question))
         while sock.poll(int(timeout_s * 1000)):
             try:
                 message = wire.decode(sock.recv_multipart())
             except WireError as error:
                 raise DraftwireError(f"the router's answer cannot be read: {error}", code=error.code) from None
-            if isinstance(message, Status):
+            if isinstance(message, kind):
                 return message
     return None

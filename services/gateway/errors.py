@@ -27,6 +27,7 @@ _STATUS_OF_CODE: Final = {
     "invalid_text": 400,
     "invalid_token": 400,
     "text_too_long": 400,
+    "unknown_draft": 400,
     "draining": 503,
     "lost_commit": 503,
     "no_verifier": 503,
@@ -40,6 +41,7 @@ _PARAM_OF_CODE: Final = {
     "bad_logit_bias": "logit_bias",
     "bad_token": "prompt",
     "invalid_text": "prompt",
+    "unknown_draft": "draft",
 }
 
 

@@ -91,6 +91,8 @@ class Completion:
             "stream": self.stream,
             "draft": self.speculation.draft,
             "speculative.n_max": self.speculation.n_max,
+            "speculative.n_min": self.speculation.n_min,
+            "speculative.p_min": self.speculation.p_min,
             "acceptance": sampling.acceptance,
         }
 
@@ -338,14 +340,23 @@ def _speculation(fields: _Fields) -> Speculation:
         draft = "auto"
     elif not isinstance(draft, str) or not 0 < len(draft) <= _MAX_NAME or not draft.isprintable():
         raise bad_field("draft", '"auto", "none" or a draft worker\'s name expected')
-    n_max = fields.integer("speculative.n_max", 0, MAX_RUN)
+    bounds: dict[str, Any] = {
+        "n_max": fields.integer("speculative.n_max", 0, MAX_RUN),
+        "n_min": fields.integer("speculative.n_min", 0, MAX_RUN),
+        "p_min": fields.number("speculative.p_min", 0.0, 1.0),
+    }
     nested = fields.take("speculative")
     if nested is not None:
         if not isinstance(nested, dict):
             raise bad_field("speculative", "an object expected")
-        if n_max is None and nested.get("n_max") is not None:
-            n_max = _integer("speculative.n_max", nested["n_max"], 0, MAX_RUN)
-    return Speculation(draft, MAX_RUN if n_max is None else n_max)
+        for name in ("n_max", "n_min"):
+            if bounds[name] is None and nested.get(name) is not None:
+                bounds[name] = _integer(f"speculative.{name}", nested[name], 0, MAX_RUN)
+        if bounds["p_min"] is None and nested.get("p_min") is not None:
+            bounds["p_min"] = _number("speculative.p_min", nested["p_min"], 0.0, 1.0)
+    if (bounds["n_min"] or 0) > (MAX_RUN if bounds["n_max"] is None else bounds["n_max"]):
+        raise bad_field("speculative.n_min", "it is above speculative.n_max")
+    return Speculation(draft, **{name: value for name, value in bounds.items() if value is not None})
 
 
 def _stops(value: Any) -> tuple[str, ...]:

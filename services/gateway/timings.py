@@ -50,6 +50,7 @@ def speculation_report(target: TargetStats, draft: DraftStats) -> dict[str, Any]
         "full_rows": target.full_rows,
         "n_drafted": draft.n_drafted,
         "n_stale": target.n_stale,
+        "session": f"{target.session:016x}",
     }
 
 

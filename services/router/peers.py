@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shared.messages import Hello, Role
+from shared.routing.figures import FadingMean
+from shared.speculation.cost import StepCost
 
 _WINDOW = 32
+_PREFILL_HALF_LIFE_S, _MOST_PREFILL = 600.0, 20_000.0
 
 
 @dataclass(slots=True)
 class Peer:
-    """One registered peer. id: its routing id on `link_name`. sessions: those it works on."""
+    """One registered peer. id: its routing id on `link_name`. sessions: those it works on.
+
+    Of a verifier, step: what its steps cost, None until it has said so; prefill: its seconds a prompt token.
+    """
 
     id: bytes
     link_name: str
@@ -24,6 +30,8 @@ class Peer:
     rtts_us: list[int] = field(default_factory=list)
     sessions: set[int] = field(default_factory=set)
     draining: bool = False
+    step: StepCost | None = None
+    prefill: FadingMean = field(default_factory=lambda: FadingMean(_PREFILL_HALF_LIFE_S, _MOST_PREFILL))
 
     @property
     def rtt_us(self) -> int | None:

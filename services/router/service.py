@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import OrderedDict
+from dataclasses import replace
 
 import numpy as np
 import zmq
 
-from services.router import policy
+from services.router.assignment import Assignment
+from services.router.health import LOST_SESSIONS
 from services.router.peers import Peer, PeerTable
 from services.router.sessions import Session
+from services.router.status import status_of
+from services.router.workers import WorkerRecord, WorkerTable
 from shared import trace
 from shared.errors import RequestError
 from shared.messages import (
@@ -23,29 +28,39 @@ from shared.messages import (
     Close,
     Commit,
     Error,
+    Explanation,
     Finished,
     Generate,
+    GetExplanation,
     GetStatus,
     Goodbye,
     Hello,
     Message,
     OpenDraft,
     OpenTarget,
-    PeerStatus,
     Ping,
     Pong,
     Proposal,
-    Status,
+    Speculation,
+    StepReport,
     TargetStats,
     Tokens,
     Welcome,
 )
 from shared.peer import UNKNOWN_PEER
+from shared.routing.lookup import LookupFigures
+from shared.routing.policy import Asked, Candidate, Choice, Policy, Target, place
+from shared.routing.score import STEP_PRIOR, beside, step_cost
 from shared.sampling.params import SamplingParams
 from shared.service import Handler, Link, Service, version
 from shared.settings import Settings
 
 LOCAL, DRAFTS = "local", "drafts"
+_MAX_ENDED = 256
+"""Sessions of which it is remembered who held them."""
+_MAX_QUESTIONS = 64
+
+_TARGET_PREFILL_PRIOR_S, _PREFILL_PRIOR_TOKENS = 1 / 250, 64
 
 
 class RouterService(Service):
@@ -57,15 +72,29 @@ class RouterService(Service):
         super().__init__(settings, instance)
         self._boot = random.getrandbits(64)
         self._peers = PeerTable()
+        self._workers = WorkerTable(settings.router.demotion_s)
+        self._policy = Policy(settings.router.exploration, random.Random())
         self._sessions: dict[int, Session] = {}
         self._requests: dict[tuple[bytes, int], int] = {}
+        self._verifiers: OrderedDict[int, Peer] = OrderedDict()
+        """Who held the last sessions, also those that have ended."""
+        self._questions: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
+        """Who asked for an explanation, and by which reference, by the reference that the verifier got."""
         self._sockets: dict[str, Link] = {}
 
     async def start(self) -> None:
         self._sockets[LOCAL] = self._bind(
             LOCAL,
             self.settings.endpoint("router"),
-            {Generate: self._on_generate, Cancel: self._on_cancel, Commit: self._on_commit, GetStatus: self._on_status},
+            {
+                Generate: self._on_generate,
+                Cancel: self._on_cancel,
+                Commit: self._on_commit,
+                StepReport: self._on_step_report,
+                GetStatus: self._on_status,
+                GetExplanation: self._on_get_explanation,
+                Explanation: self._on_explanation,
+            },
         )
         self._sockets[DRAFTS] = self._bind(DRAFTS, self.settings.endpoint("drafts"), {Proposal: self._on_proposal})
         self.every(self.settings.router.heartbeat_ms / 1000, self._heartbeat)
@@ -81,6 +110,7 @@ class RouterService(Service):
                 Goodbye: lambda peer, message: self._on_goodbye(name, peer, message),
                 Error: lambda peer, message: self._on_error(name, peer, message),
             },
+            on_refused=lambda peer, error: self._on_refused(name, peer, error),
         )
         link.bind(endpoint)
         return link
@@ -95,26 +125,38 @@ class RouterService(Service):
             self._reply(link_name, peer_id, Error(0, "wrong_socket", f"a {hello.role} has no business at this socket"))
             return
         known = self._peers.get(link_name, peer_id)
-        if known is not None and known.hello == hello:
+        joined = known is None or known.hello != hello
+        if known is not None and not joined:
             known.heard(time.monotonic())
         else:
             previous = known or self._peers.named(hello.role, hello.instance)
             if previous is not None:
-                self._lose(previous, "it has been replaced by a new process of the same name")
+                self._lose(previous, "it has been replaced by a new process of the same name", LOST_SESSIONS)
             if (mismatch := self._vocabulary_mismatch(hello)) is not None:
                 self.log.error("draft_refused", instance=hello.instance, reason=mismatch.message)
                 self._reply(link_name, peer_id, mismatch)
                 return
-            self._peers.add(Peer(peer_id, link_name, hello, time.monotonic()))
+            peer = Peer(peer_id, link_name, hello, time.monotonic())
+            self._peers.add(peer)
+            if hello.role == "draft":
+                self._workers.joined(peer, peer.heard_at)
             self.log.info("peer_joined", role=hello.role, peer=hello.instance, engine=hello.engine, model=hello.model)
         self._reply(link_name, peer_id, Welcome(self._boot, self.settings.router.heartbeat_ms))
         self._reply(link_name, peer_id, Ping(time.monotonic_ns()))
-        if known is None and hello.role == "verifier":
+        if joined and hello.role == "verifier":
             self._refuse_mismatched_drafts()
-        if known is None and hello.role == "draft":
-            for session in self._sessions.values():
-                if session.draft is None:
-                    self._assign(session)
+        if joined and hello.role == "draft":
+            self._offer(self._workers[hello.instance])
+
+    def _offer(self, record: WorkerRecord) -> None:
+        """A worker can take sessions that it could not before: those without one at once, the others if it pays."""
+        for session in list(self._sessions.values()):
+            if record.n_sessions >= record.n_slots:
+                break
+            if session.draft is None:
+                self._assign(session)
+            else:
+                session.review_soon()
 
     def _vocabulary_mismatch(self, hello: Hello) -> Error | None:
         if hello.role != "draft" or not hello.vocab_fingerprint:
@@ -146,6 +188,8 @@ class RouterService(Service):
             peer.heard(now_ns / 1e9)
             if message.sent_ns <= now_ns:
                 peer.measured((now_ns - message.sent_ns) // 1000)
+                if peer.hello.role == "draft" and peer.rtt_us is not None:
+                    self._workers[peer.hello.instance].figures.rtt_s = peer.rtt_us / 1e6
 
     def _on_goodbye(self, link_name: str, peer_id: bytes, message: Goodbye) -> None:
         peer = self._known(link_name, peer_id)
@@ -168,15 +212,68 @@ class RouterService(Service):
         deadline_s = self.settings.router.deadline_beats * self.settings.router.heartbeat_ms / 1000
         for peer in self._peers.all():
             if now - peer.heard_at > deadline_s:
-                self._lose(peer, "it is silent")
+                self._lose(peer, "it is silent", math.inf)
             elif not self._send(peer, Ping(time.monotonic_ns())):
-                self._lose(peer, "its connection is gone")
+                self._lose(peer, "its connection is gone", LOST_SESSIONS)
+            elif peer.hello.role == "draft":
+                self._look_at(self._workers[peer.hello.instance], peer, now)
 
-    def _lose(self, peer: Peer, reason: str) -> None:
-        """A peer is gone: its sessions move on (draft), end with an error (verifier), or are cancelled (gateway)."""
+    def _look_at(self, record: WorkerRecord, peer: Peer, now: float) -> None:
+        """A worker's health: is its back-off over, does it owe proposals, has it become slow?"""
+        if record.health.try_again(now):
+            self.log.info("worker_on_probation", worker=record.name, demoted_for=record.health.reason)
+            self._offer(record)
+        sessions = [self._sessions[i] for i in peer.sessions if i in self._sessions]
+        assignments = [s.assignment for s in sessions if s.assignment is not None]
+        reading = sum(a.n_opened for a in assignments if not a.answered)
+        owed_s = max((a.overdue_s(len(sessions), reading, now) for a in assignments), default=0.0)
+        if owed_s:
+            self._demote(record, f"it stalls: it has owed a proposal for {owed_s:.1f} s")
+        elif record.degraded(now):
+            for session in sessions:
+                session.review_soon()
+
+    def _on_refused(self, link_name: str, peer_id: bytes, error: Error) -> None:
+        peer = self._peers.get(link_name, peer_id)
+        if peer is not None and peer.hello.role == "draft":
+            self._offend(self._workers[peer.hello.instance], f"its messages cannot be used: {error.message[:200]}")
+
+    def _offend(self, record: WorkerRecord, reason: str, weight: float = 1.0) -> None:
+        """A worker did something that no healthy one does; too much of that demotes it."""
+        now = time.monotonic()
+        if self.settings.router.demotion_s and record.health.offence(reason, now, weight):
+            self._demoted(record, now)
+
+    def _demote(self, record: WorkerRecord, reason: str) -> None:
+        now = time.monotonic()
+        if self.settings.router.demotion_s:
+            record.health.demote(reason, now)
+            self._demoted(record, now)
+
+    def _demoted(self, record: WorkerRecord, now: float) -> None:
+        """It gets no sessions for a while, and those that it has move on."""
+        health = record.health
+        self.log.warning(
+            "worker_demoted", worker=record.name, reason=health.reason, retry_s=round(health.retry_s(now), 1)
+        )
+        if record.peer is not None:
+            for session in [self._sessions[i] for i in sorted(record.peer.sessions) if i in self._sessions]:
+                self._take_away(session)
+                self._assign(session)
+
+    def _lose(self, peer: Peer, reason: str, fault: float = 0.0) -> None:
+        """A peer is gone: its sessions move on (draft), end with an error (verifier), or are cancelled (gateway).
+
+        fault: how much it counts against a draft worker that had sessions; infinity demotes it.
+        """
         if self._peers.get(peer.link_name, peer.id) is not peer:
             return
         self._peers.remove(peer)
+        if peer.hello.role == "draft":
+            record = self._workers[peer.hello.instance]
+            record.peer = None
+            if peer.sessions and fault:
+                self._offend(record, f"it left its sessions: {reason}", fault)
         self.log.warning(
             "peer_lost", role=peer.hello.role, peer=peer.hello.instance, reason=reason, sessions=len(peer.sessions)
         )
@@ -216,10 +313,12 @@ class RouterService(Service):
             )
         if (gateway.id, message.request) in self._requests:
             raise RequestError(f"request {message.request} is already in progress", "", "duplicate_request")
-        verifiers = [p for p in self._peers.of("verifier") if not p.draining]
-        if not verifiers:
+        verifiers = {p.hello.instance: p for p in self._peers.of("verifier") if not p.draining}
+        chosen = place([Target(name, len(p.sessions), p.hello.n_slots, p.step) for name, p in verifiers.items()])
+        if chosen is None:
             raise RequestError("no verifier is connected", "is it still loading? see its log", "no_verifier")
-        verifier = min(verifiers, key=lambda p: len(p.sessions) / max(1, p.hello.n_slots))
+        verifier = verifiers[chosen.instance]
+        self._check_draft(message.speculation.draft)
         target = verifier.hello
         n_prompt = len(message.tokens)
         if n_prompt == 0:
@@ -237,14 +336,17 @@ class RouterService(Service):
             if not 0 <= token < target.n_vocab:
                 raise RequestError(f"token id {token} is outside 0..{target.n_vocab - 1}", "", "bad_token")
 
-        session = Session(random.getrandbits(63), gateway, verifier, message, message.tokens.tolist())
+        session = Session(random.getrandbits(63), gateway, verifier, message, message.tokens.tolist(), time.monotonic())
         self._sessions[session.id] = session
         self._requests[gateway.id, message.request] = session.id
         gateway.sessions.add(session.id)
         verifier.sessions.add(session.id)
+        self._verifiers[session.id] = verifier
+        if len(self._verifiers) > _MAX_ENDED:
+            self._verifiers.popitem(last=False)
         opened = self._send(
             verifier,
-            OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation.n_max),
+            OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
         )
         if not opened:
             self._forget(session)
@@ -252,40 +354,101 @@ class RouterService(Service):
         self.log.debug("session_opened", session=session.id, n_prompt=n_prompt)
         return session
 
+    def _check_draft(self, wanted: str) -> None:
+        """A worker that is only away for a time may be asked for, one that nobody knows may not."""
+        known = {*self.settings.draft, *(record.name for record in self._workers)}
+        if wanted not in ("auto", "none", *known):
+            raise RequestError(
+                f"there is no draft worker {wanted[:40]!r}",
+                f"workers known here: {', '.join(sorted(known)) or 'none'}; or auto, or none",
+                "unknown_draft",
+            )
+
     def _assign(self, session: Session) -> None:
         """Give a session a draft worker, if there is one for it."""
-        speculation = session.request.speculation
-        if speculation.n_max == 0:
+        if session.request.speculation.n_max == 0:
             return
-        fingerprint = session.verifier.hello.vocab_fingerprint
-        candidates = {
-            peer.hello.instance: peer
-            for peer in self._peers.of("draft")
-            if peer.hello.instance not in session.failed
-            and not peer.draining
-            and peer.hello.vocab_fingerprint in ("", fingerprint)
-        }
-        views = [
-            policy.Worker(name, peer.rtt_us, len(peer.sessions), peer.hello.n_slots)
-            for name, peer in candidates.items()
+        now = time.monotonic()
+        candidates = self._candidates(session)
+        choice = self._policy.first(self._asked(session, now), candidates, now)
+        if choice is not None:
+            self._give(session, choice, now)
+
+    def _candidates(self, session: Session) -> list[Candidate]:
+        """The workers that can draft for a session, and for others if they have the slots."""
+        fingerprints = ("", session.verifier.hello.vocab_fingerprint)
+        return [
+            record.candidate(session.id)
+            for record in self._workers
+            if record.peer is not None
+            and not record.peer.draining
+            and record.name not in session.failed
+            and record.hello.vocab_fingerprint in fingerprints
         ]
-        chosen = policy.choose(views, speculation.draft)
-        if chosen is None:
-            return
-        peer = candidates[chosen.instance]
-        session.assigned(peer)
+
+    def _asked(self, session: Session, now: float) -> Asked:
+        """A session as the policy sees it."""
+        verifier, n_tokens = session.verifier, len(session.tokens)
+        if session.figures.lookup is None and any(r.peer and r.hello.engine == "ngram" for r in self._workers):
+            session.figures.lookup = LookupFigures(session.tokens)
+        others = min(len(verifier.sessions), max(1, verifier.hello.n_slots)) - 1
+        hidden_s = 0.0
+        if n_tokens == session.n_prompt:
+            prefill_s = n_tokens * verifier.prefill.value(now, _TARGET_PREFILL_PRIOR_S, _PREFILL_PRIOR_TOKENS)
+            hidden_s = max(0.0, prefill_s - (now - session.opened_at))
+        return Asked(
+            session.request.speculation.draft,
+            session.figures,
+            n_tokens,
+            session.tokens_left,
+            session.request.speculation.n_max,
+            session.figures.ease(self._workers.figures, now),
+            beside(verifier.step or STEP_PRIOR, max(0, others)),
+            (verifier.rtt_us or 0) / 1e6,
+            hidden_s,
+        )
+
+    def _give(self, session: Session, choice: Choice, now: float) -> None:
+        record = self._workers[choice.instance]
+        peer = record.peer
+        assert peer is not None  # candidates are registered
+        stop_tokens, window = session.request.limits.stop_tokens, self.settings.router.window
+        assignment = Assignment(record.figures, len(session.tokens), window, record.hello.n_ctx, stop_tokens, now)
+        session.assigned(peer, assignment, choice)
         peer.sessions.add(session.id)
         tokens = np.array(session.tokens, np.int32)
         sampling: SamplingParams = session.request.sampling
-        stop_tokens = session.request.limits.stop_tokens
-        opened = OpenDraft(session.id, tokens, sampling, stop_tokens, self.settings.router.window)
-        if not self._send(peer, opened):
-            self._lose(peer, "its connection is gone")
+        if not self._send(peer, OpenDraft(session.id, tokens, sampling, stop_tokens, window)):
+            self._lose(peer, "its connection is gone", LOST_SESSIONS)
 
     def _unassign(self, session: Session) -> None:
         if session.draft is not None:
             session.draft.sessions.discard(session.id)
-            session.draft = None
+            session.unassigned()
+
+    def _take_away(self, session: Session) -> None:
+        """A worker that is still there is to work on a session no more."""
+        if session.draft is not None:
+            self._send(session.draft, Close(session.id))
+            self._unassign(session)
+
+    def _review(self, session: Session) -> None:
+        """Would another worker be better for a session by so much that a move pays?"""
+        session.reviewed()
+        worker = session.draft
+        if worker is None:
+            return
+        now = time.monotonic()
+        current = self._workers[worker.hello.instance].candidate(session.id)
+        choice = self._policy.again(self._asked(session, now), current, self._candidates(session), now)
+        if choice is not None:
+            self.log.info(
+                "draft_moved", session=session.id, worker=choice.instance, previous=current.instance, why=choice.why
+            )
+            self._take_away(session)
+            session.n_moves += 1
+            self._give(session, choice, now)
+            self._assign_waiting()
 
     def _on_proposal(self, peer_id: bytes, message: Proposal) -> None:
         peer = self._known(DRAFTS, peer_id)
@@ -293,8 +456,21 @@ class RouterService(Service):
         if peer is None or session is None or session.draft is not peer:
             return
         trace.mark("router.proposal", session.id, message.start)
+        record, now = self._workers[peer.hello.instance], time.monotonic()
+        assert session.assignment is not None  # as long as it has a worker
+        n_vocab = session.verifier.hello.n_vocab
+        if max(message.tokens) >= n_vocab:
+            self._offend(record, f"token id {max(message.tokens)} is outside 0..{n_vocab - 1}")
+            return
+        received = session.assignment.propose(message, len(peer.sessions), now)
+        if received.offence:
+            self._offend(record, received.offence)
+            return
         session.drafted(message)
         self._send(session.verifier, message)
+        if record.health.drafted(len(message.tokens), now):
+            self.log.info("worker_readmitted", worker=record.name)
+            self._offer(record)
 
     def _on_commit(self, peer_id: bytes, message: Commit) -> None:
         trace.mark("router.commit", message.session, message.start)
@@ -311,6 +487,7 @@ class RouterService(Service):
             self._fail(session, Error(0, "lost_commit", "a part of the text was lost on the way", "try again", 1))
             return
         session.committed(message)  # first, so that a worker which takes over now gets these tokens too
+        self._judge(session, message)
         if session.draft is not None:
             if message.finish:  # a worker that is gone is noticed later: no other one is to take over what has ended
                 self._send(session.draft, Close(session.id))
@@ -322,9 +499,33 @@ class RouterService(Service):
         if message.finish:
             stats = message.stats or TargetStats()
             self._send(session.gateway, Finished(session.request.request, message.finish, stats, session.draft_stats))
+            if (computed := stats.n_prompt - stats.n_cached) > 0 and stats.prefill_us:
+                verifier.prefill.observe(stats.prefill_us / 1e6 / computed, computed, time.monotonic())
             self._forget(session)
         elif not alive:
             self._lose(session.gateway, "its connection is gone, or it does not read")
+        elif session.review_in <= 0:
+            self._review(session)
+
+    def _judge(self, session: Session, commit: Commit) -> None:
+        """What a commit says of the proposals of a session's worker."""
+        if session.draft is None or session.assignment is None:
+            return
+        now = time.monotonic()
+        trials = session.assignment.commit(commit, now)
+        if trials:
+            worker = session.draft.hello.instance
+            self._workers[worker].figures.judged(sum(trials), len(trials), now)
+            session.figures.judged(worker, sum(trials), len(trials), now)
+
+    def _on_step_report(self, peer_id: bytes, message: StepReport) -> None:
+        verifier = self._known(LOCAL, peer_id)
+        if verifier is None:
+            return
+        try:
+            verifier.step = step_cost(message.points)
+        except ValueError as error:
+            self._reply(LOCAL, peer_id, Error(0, "bad_report", str(error)))
 
     def _on_cancel(self, peer_id: bytes, message: Cancel) -> None:
         session_id = self._requests.get((peer_id, message.request))
@@ -379,24 +580,34 @@ class RouterService(Service):
     # -- operations --
 
     def _on_status(self, peer_id: bytes, message: GetStatus) -> None:
-        peers = tuple(
-            PeerStatus(
-                peer.hello.role,
-                peer.hello.instance,
-                peer.hello.engine,
-                peer.hello.model,
-                peer.hello.vocab_fingerprint,
-                peer.hello.n_vocab,
-                peer.hello.n_ctx,
-                peer.hello.n_slots,
-                len(peer.sessions),
-                peer.hello.row_invariant,
-                peer.rtt_us or 0,
-                not peer.draining,
-            )
-            for peer in self._peers.all()
+        status = status_of(
+            message.ref,
+            version(),
+            self.uptime_s,
+            self._peers.all(),
+            list(self._workers),
+            list(self._sessions.values()),
+            self._policy,
+            time.monotonic(),
         )
-        self._reply(LOCAL, peer_id, Status(message.ref, version(), self.uptime_s, len(self._sessions), peers))
+        self._reply(LOCAL, peer_id, status)
+
+    def _on_get_explanation(self, peer_id: bytes, message: GetExplanation) -> None:
+        session = message.session or next(reversed(self._verifiers), 0)
+        verifier = self._verifiers.get(session)
+        if verifier is None or self._peers.get(verifier.link_name, verifier.id) is not verifier:
+            self._reply(LOCAL, peer_id, Explanation(message.ref, session, False, Speculation(), ()))
+            return
+        ref = random.getrandbits(63)
+        self._questions[ref] = peer_id, message.ref
+        if len(self._questions) > _MAX_QUESTIONS:
+            self._questions.popitem(last=False)
+        self._send(verifier, GetExplanation(ref, session))
+
+    def _on_explanation(self, peer_id: bytes, message: Explanation) -> None:
+        asked = self._questions.pop(message.ref, None)
+        if self._known(LOCAL, peer_id) is not None and asked is not None:
+            self._reply(LOCAL, asked[0], replace(message, ref=asked[1]))
 
     def _send(self, peer: Peer, message: Message) -> bool:
         return self._sockets[peer.link_name].send(message, peer.id)

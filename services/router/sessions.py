@@ -7,42 +7,81 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.router.assignment import Assignment
 from services.router.peers import Peer
-from shared.messages import Commit, DraftStats, Generate, Proposal
+from shared.messages import MAX_MICROS, Commit, DraftStats, Generate, Proposal
+from shared.routing.figures import SessionFigures
+from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, SOON_COMMITS, TRIAL_COMMITS, Choice
 
 
 @dataclass(slots=True)
 class Session:
-    """One generation. draft: the worker that drafts for it now. failed: instances that must not get it again."""
+    """One generation.
+
+    draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. failed: instances that
+    must not get it again. review_in: commits until its worker is considered again.
+    """
 
     id: int
     gateway: Peer
     verifier: Peer
     request: Generate
     tokens: list[int]
+    opened_at: float
     draft: Peer | None = None
+    assignment: Assignment | None = None
+    choice: Choice | None = None
+    figures: SessionFigures = field(default_factory=SessionFigures)
     failed: set[str] = field(default_factory=set)
+    review_in: int = REVIEW_COMMITS
+    n_moves: int = 0
     last_worker: str = ""
     worker_changes: int = 0
     n_drafted: int = 0
     prefill_us: int = 0
     decode_us: int = 0
 
-    def assigned(self, worker: Peer) -> None:
+    def assigned(self, worker: Peer, assignment: Assignment, choice: Choice) -> None:
         if self.last_worker not in ("", worker.hello.instance):
             self.worker_changes += 1
         self.last_worker = worker.hello.instance
-        self.draft = worker
+        self.draft, self.assignment, self.choice = worker, assignment, choice
+        self.reviewed()
+
+    def unassigned(self) -> None:
+        self.draft = self.assignment = self.choice = None
+
+    def reviewed(self) -> None:
+        """Its worker was considered just now."""
+        usual = min(MOST_REVIEW_COMMITS, REVIEW_COMMITS << min(self.n_moves, 10))
+        self.review_in = TRIAL_COMMITS if self.choice is not None and self.choice.trial else usual
+
+    def review_soon(self) -> None:
+        """Other workers have become better, or its own has become worse."""
+        self.review_in = min(self.review_in, SOON_COMMITS)
 
     def drafted(self, proposal: Proposal) -> None:
         """Count a run that the worker has sent for the first time (a resent one cost it nothing)."""
         if proposal.decode_us or proposal.prefill_us:
             self.n_drafted += len(proposal.tokens)
-        self.prefill_us += proposal.prefill_us
-        self.decode_us += proposal.decode_us
+        # A worker may say anything; the sum must fit into a message all the same.
+        self.prefill_us = min(MAX_MICROS, self.prefill_us + proposal.prefill_us)
+        self.decode_us = min(MAX_MICROS, self.decode_us + proposal.decode_us)
 
     def committed(self, commit: Commit) -> None:
         self.tokens.extend(commit.tokens)
+        self.review_in -= 1
+        if self.figures.lookup is not None:
+            self.figures.lookup.commit(commit.tokens)
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.request.tokens)
+
+    @property
+    def tokens_left(self) -> int:
+        """How many it may still generate."""
+        return max(1, self.request.limits.max_tokens - (len(self.tokens) - self.n_prompt))
 
     @property
     def draft_stats(self) -> DraftStats:

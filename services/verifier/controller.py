@@ -91,6 +91,15 @@ class StepCosts:
         weight, mean = self._means.get(rows, (0.0, 0.0))
         return (weight * mean + _BUCKET_TRUST * linear) / (weight + _BUCKET_TRUST)
 
+    def points(self, most: int) -> tuple[tuple[int, int], ...]:
+        """(rows, microseconds) of 1, 2, 4, ... up to `most` rows, which do not fall; none before anything is known."""
+        points: list[tuple[int, int]] = []
+        rows = 1
+        while self.known and rows <= most:
+            points.append((rows, max(1, round(1e6 * self.seconds(rows)), points[-1][1] if points else 0)))
+            rows *= 2
+        return tuple(points)
+
     def _line(self) -> tuple[float, float]:
         """Seconds = first + second * rows, neither negative."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight
@@ -232,7 +241,7 @@ class Candidate:
     reach: of each proposal that may be verified, in order: the probability that it and all before it are accepted.
     next_s: until the next proposal arrives, None where nothing is expected. token_s: between further ones. typical:
     acceptance of those. kept: how often arrivals kept their time. room: proposals beyond `reach` that might still be
-    verified.
+    verified. least: where fewer would be verified, none are.
     """
 
     reach: Sequence[float]
@@ -241,6 +250,7 @@ class Candidate:
     typical: float = 0.5
     kept: float = 1.0
     room: int = 0
+    least: int = 0
 
 
 class LengthController:
@@ -277,7 +287,8 @@ class LengthController:
         if not self.costs.known:
             # Without a figure what is there is verified, which gives one.
             for i, session in enumerate(sessions):
-                best[i] = min(len(session.reach), left)
+                there = min(len(session.reach), left)
+                best[i] = there if there >= session.least else 0
                 left -= best[i]
             return best
         rate, rows = self.rate, len(sessions)
@@ -296,11 +307,14 @@ class LengthController:
                 most, best = gain - rate * (highest - cost), tried.copy()
             if tried[i] < len(sessions[i].reach):
                 heapq.heappush(heap, (-sessions[i].reach[tried[i]], i))
+        for i, session in enumerate(sessions):
+            if 0 < best[i] < session.least:
+                best[i] = 0  # the request wants so many or none
         if sum(best) == 0 and self._steps % _EXPLORE_EVERY == 0:
             # What is never tried is never known to have become worth it.
             first = max(range(len(sessions)), key=lambda i: max(sessions[i].reach, default=0.0), default=None)
-            if first is not None and sessions[first].reach and room > 0:
-                best[first] = 1
+            if first is not None and max(1, sessions[first].least) <= min(room, len(sessions[first].reach)):
+                best[first] = max(1, sessions[first].least)
         return best
 
     def patience(self, sessions: Sequence[Candidate], lengths: Sequence[int], room: int) -> tuple[float, int] | None:

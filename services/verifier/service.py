@@ -14,7 +14,17 @@ from shared import trace
 from shared.engine.interface import Engine, EngineInfo
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
-from shared.messages import MAX_STEP_SESSIONS, Close, Commit, Error, Hello, Message, OpenTarget, Proposal
+from shared.messages import (
+    MAX_STEP_SESSIONS,
+    Close,
+    Commit,
+    Error,
+    GetExplanation,
+    Hello,
+    Message,
+    OpenTarget,
+    Proposal,
+)
 from shared.peer import RouterConnection
 from shared.service import BlockingLink, EngineThread, Mailbox, Service, monotonic_us, version
 from shared.settings import Settings
@@ -59,7 +69,7 @@ class VerifierService(Service):
             self,
             self.settings.endpoint("router"),
             hello,
-            dict.fromkeys((OpenTarget, Proposal, Close), self._receive),
+            dict.fromkeys((OpenTarget, Proposal, Close, GetExplanation), self._receive),
             self._router_lost,
         )
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.verifier.controller import Arrivals, Calibration
+from services.verifier.controller import Arrivals, Calibration, Candidate
 from shared.engine.interface import Float32, Int32
 from shared.errors import WireError
-from shared.messages import MAX_RUN, Limits, Proposal, TargetStats
+from shared.messages import MAX_RUN, Limits, Proposal, Speculation, TargetStats
 from shared.prefix import TokenPrefix, extend
 from shared.sampling.acceptance import ProposalDistribution
 from shared.sampling.params import SamplingParams
@@ -27,8 +27,8 @@ Distribution = tuple[Int32, Float32]
 
 @dataclass(slots=True)
 class Proposed:
-    """A proposed token. q: what it was drawn from, under rejection sampling. confidence: the draft's probability of it,
-    None where it gave none."""
+    """A proposed token. q: what it was drawn from, under rejection sampling. confidence: how sure the draft
+    is of it, None where it did not say."""
 
     token: int
     q: Distribution | None = None
@@ -57,7 +57,7 @@ class TargetSession:
     """See the module's docstring.
 
     Args:
-        n_max: most proposals to verify in one step of this session.
+        speculation: the request's bounds; its n_max is the verifier's, where that is lower.
         opened_us: monotonic time of its arrival.
         calibration: what is known of other sessions' proposals.
     """
@@ -68,14 +68,14 @@ class TargetSession:
         prompt: Int32,
         sampling: SamplingParams,
         limits: Limits,
-        n_max: int,
+        speculation: Speculation,
         opened_us: int,
         calibration: Calibration | None = None,
     ) -> None:
         self.id = session
         self.sampling = sampling
         self.limits = limits
-        self.n_max = n_max
+        self.speculation = speculation
         self.prefix = TokenPrefix(prompt.tolist())
         self.n_prompt = len(prompt)
         self.chain: list[Proposed] = []
@@ -112,10 +112,39 @@ class TargetSession:
             self.arrivals.arrive(at_us / 1e6, self.known - known)
         return True
 
-    def reach(self, most: int) -> list[float]:
-        """Of the first `most` proposals, the probability that each and all before it are accepted; in doubt more."""
-        reach, shares = 1.0, []
+    def candidate(self, now_us: int | None = None) -> Candidate:
+        """What the length controller wants to know. now_us: for what is expected of the draft, None where that is not
+        needed."""
+        most, usable = self.most, self.usable
+        return Candidate(
+            self._reach(usable),
+            next_s=None if now_us is None else self.arrivals.expected(now_us / 1e6),
+            token_s=self.arrivals.token_s or 0.0,
+            typical=self.calibration.typical(len(self.chain)),
+            kept=self.arrivals.kept,
+            room=most - len(self.chain) if usable == len(self.chain) else 0,
+            least=self.speculation.n_min,
+        )
+
+    @property
+    def most(self) -> int:
+        """Proposals that may be verified at most; never one past the last token wanted."""
+        generated = len(self.prefix) - self.n_prompt
+        return max(0, min(self.speculation.n_max, self.limits.max_tokens - generated - 1))
+
+    @property
+    def usable(self) -> int:
+        """Proposals that are there and may be verified: the request's p_min ends them."""
+        most = min(self.most, len(self.chain))
         for depth, proposed in enumerate(self.chain[:most]):
+            if proposed.confidence is not None and proposed.confidence < self.speculation.p_min:
+                return depth
+        return most
+
+    def _reach(self, count: int) -> list[float]:
+        """Of the first `count` proposals, the probability that each and all before it are accepted; in doubt more."""
+        reach, shares = 1.0, []
+        for depth, proposed in enumerate(self.chain[:count]):
             reach *= self.calibration.hopeful(depth, proposed.confidence)
             shares.append(reach)
         return shares
@@ -249,4 +278,5 @@ class TargetSession:
             sample_us=c.sample_us,
             wire_us=c.wire_us,
             wait_us=max(0, decode_us - c.verify_us - c.sample_us - c.wire_us),
+            session=self.id,
         )

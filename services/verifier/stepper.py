@@ -7,20 +7,34 @@ waiting for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from services.verifier import policy
 from services.verifier.controller import Candidate, LengthController
+from services.verifier.explain import DecisionLog
 from services.verifier.sampler_client import SamplerClient, StepRefused
 from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
 from shared.engine.slots import OUT_OF_PAGES, SlotTable, place_session, with_eviction
 from shared.errors import EngineError
-from shared.messages import Close, Commit, Error, FinishReason, Limits, Message, OpenTarget, Proposal
+from shared.messages import (
+    Close,
+    Commit,
+    Error,
+    FinishReason,
+    GetExplanation,
+    Limits,
+    Message,
+    OpenTarget,
+    Proposal,
+    StepDecision,
+    StepReport,
+)
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
 
@@ -29,6 +43,8 @@ Emit = Callable[[Sequence[Message]], None]
 _ALIKE_ROWS = 24
 """Rows of a step of decoding sessions, for engines without row invariance: ik computes more of them otherwise
 (docs/engines.md), so that texts would depend on the load."""
+_REPORT_EVERY_US = 1_000_000
+"""Between reports of what steps cost."""
 
 
 class Stepper:
@@ -45,6 +61,8 @@ class Stepper:
         self._n_max = settings.n_max
         self.controller = LengthController()
         self._fixed = settings.length == "fixed"
+        self._decisions = DecisionLog(adaptive=not self._fixed)
+        self._reported_us = 0
         self._awaited: TargetSession | None = None
         self._last_us = 0
         """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
@@ -69,7 +87,7 @@ class Stepper:
         return len(self._running) + len(self._waiting)
 
     def receive(self, message: Any, at_us: int | None = None) -> None:
-        """Take in an OpenTarget, Proposal or Close, which arrived at `at_us`: now, if not given."""
+        """Take in an OpenTarget, Proposal, Close or GetExplanation, which arrived at `at_us`: now, if not given."""
         if isinstance(message, Proposal):
             session = self._running.get(message.session) or self._waiting.get(message.session)
             if session is not None and max(message.tokens) < self._engine.info.n_vocab:
@@ -82,6 +100,8 @@ class Stepper:
             self._open(message)
         elif isinstance(message, Close):
             self._cancel(message.session)
+        elif isinstance(message, GetExplanation):
+            self._out.append(self._decisions.answer(message))
 
     def forget_all(self) -> None:
         """Drop every session: the router that knew them is gone."""
@@ -95,7 +115,8 @@ class Stepper:
         """One forward pass for whoever is ready, its verdicts and commits."""
         self._admit()
         sessions = list(self._running.values())
-        lengths = self._lengths(sessions)
+        candidates = {session.id: session.candidate() for session in sessions if session.pending == 1}
+        lengths = self._lengths(candidates)
         ready = [self._ready(s, lengths.get(s.id, 0)) for s in sessions]
         shares = policy.plan(ready, self._n_batch, self._prefill_chunk)
         chunks: list[Chunk] = []
@@ -139,8 +160,18 @@ class Stepper:
             trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
             n_committed = sum(len(verdict.tokens) for verdict in verdicts)
+            grounds = self._grounds(taking_part, started, decided)
             self._learn(taking_part, started, decided, n_committed)
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
+                if session.id in candidates:
+                    decision = replace(
+                        grounds,
+                        position=len(session.prefix),
+                        reach=tuple(candidates[session.id].reach),
+                        length=n_proposals,
+                        n_accepted=min(verdict.n_accepted, n_proposals),
+                    )
+                    self._decisions.add(session.id, session.speculation, decision)
                 session.counters.full_rows += verdict.full_rows
                 if session.first_commit_us:
                     session.counters.sample_us += sample_us
@@ -187,13 +218,13 @@ class Stepper:
     def _open(self, message: OpenTarget) -> None:
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
-        n_max = min(self._n_max, message.n_max)
+        speculation = replace(message.speculation, n_max=min(self._n_max, message.speculation.n_max))
         session = TargetSession(
             message.session,
             message.tokens,
             message.sampling,
             limits,
-            n_max,
+            speculation,
             monotonic_us(),
             self.controller.calibration,
         )
@@ -223,7 +254,7 @@ class Stepper:
         sessions = list(self._running.values())
         if any(session.pending > 1 for session in sessions):
             return 0.0
-        candidates = [self._candidate(session, now_us) for session in sessions]
+        candidates = [session.candidate(now_us) for session in sessions]
         if all(candidate.next_s is None for candidate in candidates):
             return 0.0
         room = max(0, self._decode_rows - len(sessions))
@@ -240,32 +271,32 @@ class Stepper:
             self._awaited.arrivals.waited(False)
             self._awaited = None
 
-    def _lengths(self, sessions: Sequence[TargetSession]) -> dict[int, int]:
+    def _lengths(self, candidates: Mapping[int, Candidate]) -> dict[int, int]:
         """How many proposals of each decoding session are verified, by session."""
         if self._fixed:
-            return {session.id: len(session.chain) for session in sessions}
-        decoding = [session for session in sessions if session.pending == 1]
-        candidates = [self._candidate(session, None) for session in decoding]
-        lengths = self.controller.choose(candidates, max(0, self._decode_rows - len(decoding)))
-        return {session.id: length for session, length in zip(decoding, lengths, strict=True)}
+            return {i: len(c.reach) if len(c.reach) >= c.least else 0 for i, c in candidates.items()}
+        room = max(0, self._decode_rows - len(candidates))
+        return dict(zip(candidates, self.controller.choose(list(candidates.values()), room), strict=True))
 
-    def _candidate(self, session: TargetSession, now_us: int | None) -> Candidate:
-        """now_us: for what is expected of its draft, None where that is not needed."""
-        most = self._most(session)
-        arrivals = session.arrivals
-        return Candidate(
-            session.reach(most),
-            next_s=None if now_us is None else arrivals.expected(now_us / 1e6),
-            token_s=arrivals.token_s or 0.0,
-            typical=session.calibration.typical(len(session.chain)),
-            kept=arrivals.kept,
-            room=most - len(session.chain),
+    def _grounds(
+        self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int
+    ) -> StepDecision:
+        """What a step's decisions have in common."""
+        rows = sum(share.pending + share.n_proposals for _, share in taking_part)
+        costs = self.controller.costs
+        return StepDecision(
+            position=0,
+            waited_us=started - self._last_us if self._last_us else 0,
+            reach=(),
+            length=0,
+            n_accepted=0,
+            n_sessions=len(taking_part),
+            rows=rows,
+            rate=self.controller.rate,
+            step_us=round(1e6 * costs.seconds(rows)),
+            further_us=round(1e6 * costs.seconds(rows + 1)),
+            took_us=decided - started,
         )
-
-    def _most(self, session: TargetSession) -> int:
-        """Proposals that may be verified at most; never one past the last token wanted."""
-        generated = len(session.prefix) - session.n_prompt
-        return max(0, min(session.n_max, session.limits.max_tokens - generated - 1))
 
     def _learn(
         self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int, n_committed: int
@@ -279,11 +310,20 @@ class Stepper:
         elapsed = (decided - self._last_us) / 1e6 if self._last_us else seconds
         self.controller.observe(rows, seconds, n_committed, elapsed)
         self._last_us = decided
+        if decided - self._reported_us >= _REPORT_EVERY_US and (
+            points := self.controller.costs.points(self._n_max + 1)
+        ):
+            self._reported_us = decided
+            self._out.append(StepReport(points))
 
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt
         return policy.Ready(
-            session.pending, session.cached, n_proposals, session.n_max, session.limits.max_tokens - generated
+            session.pending,
+            session.cached,
+            n_proposals,
+            session.speculation.n_max,
+            session.limits.max_tokens - generated,
         )
 
     def _commit(self, session: TargetSession, tokens: Sequence[int], n_accepted: int, finish: FinishReason) -> None:

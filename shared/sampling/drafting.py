@@ -17,7 +17,7 @@ from shared.sampling.acceptance import probabilities, sample
 from shared.sampling.filters import Candidates, Float64, Tokens, candidates, changes, changes_logits, scores_of_row
 from shared.sampling.noise import DRAFT
 from shared.sampling.params import SamplingParams
-from shared.sampling.rows import pick
+from shared.sampling.rows import pick_surely
 
 DEFAULT_DISTRIBUTION_SIZE: Final = 64
 """Most tokens of a proposal's distribution on the wire."""
@@ -27,7 +27,9 @@ DEFAULT_DISTRIBUTION_SIZE: Final = 64
 class DraftToken:
     """One proposed token.
 
-    confidence: the draft's own probability of it, in (0, 1]: filtered and tempered; for greedy, unfiltered at T = 1.
+    confidence: how sure the draft is that the target says the same, in (0, 1]. Under coupled sampling the token's
+        share in the softmax of what it was chosen by, noise included (`pick_surely`); else its own probability of it:
+        filtered and tempered, for greedy unfiltered at T = 1.
     q_ids, q_probs: [k] int32, [k] float32: what it was sampled from, in rejection drafting; empty otherwise.
     """
 
@@ -68,17 +70,10 @@ def draft(
         return DraftToken(token, 1.0 / float(np.exp(z - z[token]).sum()), _NO_IDS, _NO_PROBS)
     kept = candidates(params, row, changed, 0)
     if params.acceptance == "coupled":
-        token = pick(params, kept, position, len(row))
-        return DraftToken(token, _confidence(params, kept, token), _NO_IDS, _NO_PROBS)
+        return DraftToken(*pick_surely(params, kept, position, len(row)), _NO_IDS, _NO_PROBS)
     q_ids, q_probs = sparsify(kept, probabilities(params, kept), distribution_size)
     token = sample(q_ids, q_probs.astype(np.float64), params.seed, position, DRAFT)
     return DraftToken(token, float(q_probs[q_ids == token][0]), q_ids, q_probs)
-
-
-def _confidence(params: SamplingParams, kept: Candidates, token: int) -> float:
-    if len(kept.ids) == 1:
-        return 1.0
-    return float(probabilities(params, kept)[kept.ids == token][0])
 
 
 def sparsify(kept: Candidates, probs: Float64, size: int) -> tuple[Int32, Float32]:

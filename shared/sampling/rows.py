@@ -47,7 +47,8 @@ DEFAULT_TOP_K: Final = 128
 LSE_TOLERANCE: Final = 1e-4
 """Absolute error that an engine's log-sum-exp may have; inside it top_p is decided by the whole row."""
 
-
+_SHARE_SLACK: Final = 8.0
+"""What of an unfiltered row is behind the winner by more, in units of T, is left out of its share."""
 _NO_IDS: Final = np.empty(0, np.int32)
 
 
@@ -303,27 +304,46 @@ def choose_from_row(params: SamplingParams, row: Float32, changed: Changes | Non
 
 def pick(params: SamplingParams, kept: Candidates, position: int, n_vocab: int) -> int:
     """The largest z + T * g (COUPLED noise) of one row's kept tokens; equal ones go to the higher rank."""
-    ids, z = kept.ids, kept.z
-    if len(ids) == 1:
-        return int(ids[0])
-    if not kept.ranked:
-        return _pick_from_all(params, z, position, n_vocab)
-    scores = gumbel(params.seed, position, ids, COUPLED)
-    scores *= params.temperature
-    scores += z
-    return int(ids[scores.argmax()])
+    if len(kept.ids) == 1:
+        return int(kept.ids[0])
+    return _largest(*_noisy(params, kept, position, n_vocab, 0.0))
 
 
-def _pick_from_all(params: SamplingParams, z: Float64, position: int, n_vocab: int) -> int:
-    """`pick` of a whole unfiltered row, without the noise's logarithms for tokens that cannot win."""
-    temperature = params.temperature
-    words = words_of_all(params.seed, position, n_vocab, COUPLED)
-    favourite = int(z.argmax())
-    floor = float(z[favourite] + temperature * float(gumbel_of_words(words[favourite : favourite + 1])[0]))
-    luckiest = temperature * float(gumbel_of_words(words.max(keepdims=True))[0])
-    ids = np.flatnonzero(z + luckiest >= floor)
-    scores = gumbel_of_words(words[ids])
+def pick_surely(params: SamplingParams, kept: Candidates, position: int, n_vocab: int) -> tuple[int, float]:
+    """`pick`, and the winner's share, in (0, 1], in the softmax of z / T + g, which all kept tokens are in.
+
+    It tells how narrowly the token has won: others that share the noise, but see slightly other logits, pick the same
+    one the more often the larger it is. That knows more than the token's probability, which leaves the noise out.
+    """
+    if len(kept.ids) == 1:
+        return int(kept.ids[0]), 1.0
+    ids, z, scores = _noisy(params, kept, position, n_vocab, _SHARE_SLACK)
+    with np.errstate(over="ignore"):  # at a tiny T the others are infinitely far behind
+        behind = (scores - scores.max()) / params.temperature
+    return _largest(ids, z, scores), 1.0 / float(np.exp(behind).sum())
+
+
+def _largest(ids: Int32, z: Float64, scores: Float64) -> int:
+    tied = np.flatnonzero(scores == scores.max())
+    return int(ids[tied[z[tied].argmax()]])
+
+
+def _noisy(
+    params: SamplingParams, kept: Candidates, position: int, n_vocab: int, slack: float
+) -> tuple[Int32, Float64, Float64]:
+    """ids, z and z + T * g of kept tokens; of a whole unfiltered row only of those that may win, or come as near to it
+    as slack * T, which spares the others the noise's logarithms."""
+    ids, z, temperature = kept.ids, kept.z, params.temperature
+    if kept.ranked:
+        scores = gumbel(params.seed, position, ids, COUPLED)
+    else:
+        words = words_of_all(params.seed, position, n_vocab, COUPLED)
+        favourite = int(z.argmax())
+        floor = float(z[favourite] + temperature * float(gumbel_of_words(words[favourite : favourite + 1])[0]))
+        luckiest = temperature * (float(gumbel_of_words(words.max(keepdims=True))[0]) + slack)
+        ids = np.flatnonzero(z + luckiest >= floor).astype(np.int32)
+        z = z[ids]
+        scores = gumbel_of_words(words[ids])
     scores *= temperature
-    scores += z[ids]
-    tied = ids[scores == scores.max()]
-    return int(tied[z[tied].argmax()])
+    scores += z
+    return ids, z, scores

@@ -146,7 +146,7 @@ class Speculation:
             return self.plain()
         return self.acceptance.tokens(n) / max(n * self.draft_s, self.verify_s(n))
 
-    def overlapped(self, n: int, wait_for: int = 0) -> float:
+    def overlapped(self, n: int, wait_for: int = 0, negligible: float = NEGLIGIBLE) -> float:
         """Tokens/s when the draft goes on while the target verifies.
 
         A step begins when the one before it has ended and `wait_for` proposals (0 to n) have arrived, and verifies
@@ -169,6 +169,9 @@ class Speculation:
 
         Assumed: acceptance depends on the depth in the step alone; times are constant; the draft's window never stops
         it, for which 2 n + 1 tokens are enough where drafting is faster than verifying.
+
+        negligible: the probability at which a long run is left out; 0.01 takes a tenth of the time and is as good where
+        the figures are estimates.
         """
         if not 0 <= wait_for <= n:
             raise ValueError("a step waits for 0 to n proposals")
@@ -189,7 +192,7 @@ class Speculation:
             seconds += probability * (end - now)
             now, used = end, used + k + 1
             probability *= self.acceptance.reach(k + 1)
-            if probability < NEGLIGIBLE or self._drafted(now) < used:
+            if probability < negligible or self._drafted(now) < used:
                 break
         return tokens / seconds
 

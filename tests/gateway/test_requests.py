@@ -90,7 +90,9 @@ def test_names_of_both_servers_are_understood() -> None:
     assert parse("openai", max_tokens=4, n_predict=5).max_tokens == 4
     assert parse("llama", max_tokens=4, n_predict=-1).max_tokens == MAX_CONTEXT
     assert parse(max_tokens=2**31 - 1).max_tokens == MAX_CONTEXT
-    assert parse(speculative={"n_max": 3}).speculation.n_max == 3
+    nested = parse(speculative={"n_max": 3, "n_min": 2, "p_min": 0.75}).speculation
+    flat = parse(**{"speculative.n_max": 3, "speculative.n_min": 2, "speculative.p_min": 0.75}).speculation
+    assert nested == flat == Speculation("auto", 3, 2, 0.75)
     assert parse(stop="x").stop == ("x",)
     assert parse(top_k=-1).sampling.top_k == 0
 
@@ -158,6 +160,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("speculative.n_max", -1, "speculative.n_max"),
     ("speculative", 4, "speculative"),
     ("speculative", {"n_max": "4"}, "speculative.n_max"),
+    ("speculative", {"n_max": 4, "n_min": 5}, "speculative.n_min"),
+    ("speculative.p_min", 1.5, "speculative.p_min"),
     ("acceptance", "greedy", "acceptance"),
     ("acceptance", ["coupled"], "acceptance"),
     ("n", 2, "n"),

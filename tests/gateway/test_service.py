@@ -368,7 +368,8 @@ def test_http_errors_are_json(fleet: Fleet) -> None:
 
 @pytest.mark.parametrize(
     ("code", "status", "retry"),
-    [("context_exceeded", 400, None), ("bad_token", 400, None), ("lost_commit", 503, "1"), ("overloaded", 503, "1"),
+    [("context_exceeded", 400, None), ("bad_token", 400, None), ("unknown_draft", 400, None),
+     ("lost_commit", 503, "1"), ("overloaded", 503, "1"),
      ("no_verifier", 503, "1"), ("draining", 503, "1"), ("verifier_lost", 502, None), ("anything_else", 500, None)],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])

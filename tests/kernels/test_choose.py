@@ -64,7 +64,7 @@ def test_the_device_chooses_as_the_host(device: Device, params: SamplingParams, 
     for row in range(n):
         expected = draft(params, logits[row], (), positions[row])
         assert tokens[row] == expected.token
-        np.testing.assert_allclose(confidences[row], expected.confidence, rtol=1e-6)
+        np.testing.assert_allclose(confidences[row], expected.confidence, rtol=1e-3 if params.top_p == 1 else 1e-6)
 
 
 def test_rows_have_requests_of_their_own(device: Device) -> None:

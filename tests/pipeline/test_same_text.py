@@ -89,7 +89,8 @@ def engines(request: pytest.FixtureRequest) -> Engines:
 @pytest.fixture(scope="module")
 def fleet(engines: Engines) -> Iterator[Fleet]:
     drafts = (engines.worker("model"), "draft.ngram.drafter=ngram", "draft.garbage.drafter=garbage")
-    with running_fleet(*engines.target, *drafts, "router.window=16") as running:
+    # No demotion: a worker that is killed again and again is to get the next session all the same.
+    with running_fleet(*engines.target, *drafts, "router.window=16", "router.demotion_s=0") as running:
         yield running
 
 

@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from shared.messages import (
     DraftStats,
     Encoded,
     Error,
+    Explanation,
     Finished,
     Generate,
+    GetExplanation,
     GetStatus,
     Goodbye,
     Hello,
@@ -36,11 +39,13 @@ from shared.messages import (
     Proposal,
     Speculation,
     Status,
+    StepReport,
     TargetStats,
     Tokens,
     Verdict,
     VerdictItem,
     Welcome,
+    WorkerStatus,
 )
 from shared.prefix import TokenPrefix
 from shared.sampling.params import SamplingParams
@@ -54,6 +59,7 @@ PROMPT = [1, 2, 3]
 SAMPLING = SamplingParams(seed=9, temperature=0.5)
 SETTINGS = (
     "router.heartbeat_ms=50", "router.deadline_beats=100", "router.max_sessions=3", "router.window=5",
+    "router.demotion_s=0",  # one router serves all tests, whose workers come and go with their sessions
 )  # fmt: skip
 
 
@@ -277,6 +283,20 @@ def test_a_restarted_peer_replaces_its_predecessor(net: Net) -> None:
     assert [p.instance for p in net.cli.status().peers if p.role == "draft"] == ["a"]
 
 
+def test_a_peer_that_begins_again_on_its_connection_gets_sessions(net: Net) -> None:
+    """A worker that took the router for lost says Hello with a new boot: its session comes back to it, with all
+    tokens."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    verifier.send(commit(session, text, 4))
+    worker.expect(Commit)
+    worker.hello = draft_hello("a")
+    worker.join()
+    assert worker.expect(OpenDraft).tokens.tolist() == text
+
+
 # -- vocabulary --
 
 
@@ -311,7 +331,7 @@ def test_a_generation_passes_through(net: Net) -> None:
     gateway.generate(5, speculation=Speculation(n_max=3))
     opened = verifier.expect(OpenTarget)
     assert (opened.tokens.tolist(), opened.sampling, opened.limits) == (PROMPT, SAMPLING, Limits(50, (9,)))
-    assert opened.n_max == 3
+    assert opened.speculation.n_max == 3
     drafting = worker.expect(OpenDraft)
     assert drafting.session == opened.session
     assert (drafting.tokens.tolist(), drafting.sampling) == (PROMPT, SAMPLING)
@@ -365,9 +385,9 @@ def test_a_full_worker_gets_no_more(net: Net) -> None:
     far.nothing_before_now()
 
 
-@pytest.mark.parametrize("speculation", [Speculation("none"), Speculation(n_max=0), Speculation("elsewhere")])
+@pytest.mark.parametrize("speculation", [Speculation("none"), Speculation(n_max=0), Speculation("model")])
 def test_plain_decoding_on_request(net: Net, speculation: Speculation) -> None:
-    """Without speculation, or with a worker that is not there, no worker hears of the session, now or later."""
+    """Without speculation, or with a configured worker that is not there, no other worker hears of the session."""
     verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
     gateway.generate(speculation=speculation)
     verifier.expect(OpenTarget)
@@ -739,3 +759,350 @@ def test_ten_thousand_bad_messages_do_not_end_it(net: Net) -> None:
         assert worker.expect(Commit) == last
         assert gateway.expect(Tokens).tokens == (4,)
     assert net.cli.status().n_sessions == 1
+
+
+# -- who drafts --
+
+DEMOTING = ("router.demotion_s=0.3", "router.exploration=0")
+
+
+def worker_status(net: Net, name: str) -> WorkerStatus:
+    return next(w for w in net.cli.status().workers if w.instance == name)
+
+
+def propose(worker: Peer, session: int, text: list[int], *tokens: int) -> None:
+    worker.send(Proposal(session, len(text), TokenPrefix(text).hash, tokens, decode_us=10_000 * len(tokens)))
+
+
+def written(opened: OpenDraft, worker: Peer, text: list[int]) -> list[int]:
+    """What a worker that has just got a session knows of its text, once it has heard of all commits."""
+    tokens = opened.tokens.tolist()
+    while len(tokens) < len(text):
+        tokens += worker.expect(Commit).tokens
+    return tokens
+
+
+def test_a_worker_that_nobody_knows_is_an_error(net: Net) -> None:
+    """A name that is not configured and was never there is refused, with the names that could be meant."""
+    verifier, gateway = net.verifier(), net.gateway()
+    net.draft("somebody")
+    gateway.generate(5, speculation=Speculation("sombody"))
+    error = gateway.refused("unknown_draft")
+    assert (error.ref, error.retry_after_s) == (5, 0)
+    assert "'sombody'" in error.message
+    assert "somebody" in error.remedy
+    assert "model" in error.remedy, "configured, so that it may be asked for before it has loaded its model"
+    verifier.nothing_before_now()
+
+
+def test_a_worker_that_is_away_may_be_asked_for(net: Net) -> None:
+    """The session decodes plainly until the worker that it names is there again."""
+    verifier, gateway = net.verifier(), net.gateway()
+    gone = net.draft("traveller")
+    gone.send(Goodbye("draining"))
+    net.wait(lambda status: all(p.instance != "traveller" for p in status.peers), verifier, gateway)
+    gateway.generate(5, speculation=Speculation("traveller"))
+    session = verifier.expect(OpenTarget).session
+    assert worker_status(net, "traveller").state == "away"
+    assert net.draft("traveller").expect(OpenDraft).session == session
+
+
+@pytest.mark.parametrize("lie", ["token", "position", "hash", "flood", "malformed"])
+def test_a_worker_that_lies_is_demoted(own_router: Callable[..., tuple[Process, Net]], lie: str) -> None:
+    """Nothing of what it sends is forwarded; its session goes on elsewhere with every token; it is told to stop."""
+    process, net = own_router(*DEMOTING)
+    verifier, gateway, liar = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = liar.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    verifier.send(commit(session, text, 4, 5))
+    liar.expect(Commit)
+    gateway.expect(Tokens)
+    heir = net.draft("b")
+    right = TokenPrefix(text).hash
+    for i in range(20):
+        if lie == "malformed":
+            liar.socket.send_multipart([b"nonsense"])
+        else:
+            liar.send(
+                {
+                    "token": Proposal(session, len(text), right, (N_VOCAB,)),
+                    "position": Proposal(session, len(text) + 90, right, (4,)),
+                    "hash": Proposal(session, len(text), 1000 + i, (4,)),
+                    "flood": Proposal(session, len(text), right, (4, 4, 4, 4, 4)),
+                }[lie]
+            )
+    demoted = process.logged("worker_demoted", worker="a")
+    assert demoted["retry_s"] == 0.3
+    assert written(heir.expect(OpenDraft), heir, text) == text
+    verifier.send(commit(session, text, 9, finish="stop"))
+    assert [gateway.expect(Tokens).tokens for _ in range(1)] == [(9,)]
+    gateway.expect(Finished)
+    if lie != "flood":  # of which the first windows are as good as any
+        verifier.nothing_before_now()
+
+
+def test_a_demoted_worker_comes_back_on_probation(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """After its back-off it gets one session, pinned to it or not; after 32 good tokens as many as it has slots."""
+    process, net = own_router(*DEMOTING, "router.max_sessions=9")
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    for _ in range(2):
+        gateway.generate(1, speculation=Speculation("a"))
+        first = worker.expect(OpenDraft).session
+        verifier.expect(OpenTarget)
+        for _ in range(9):
+            worker.send(Proposal(first, 3, 0, (N_VOCAB,)))
+        assert worker.expect(Close).session == first
+        assert not next(p for p in net.cli.status().peers if p.instance == "a").alive
+        assert worker_status(net, "a").state == "demoted"
+        verifier.send(commit(first, list(PROMPT), 9, finish="stop"))
+        gateway.expect(Tokens)
+        gateway.expect(Finished)
+        net.wait(lambda s: s.workers[0].state == "probation", worker, verifier, gateway)
+        gateway.generate(2)
+        session, text = worker.expect(OpenDraft).session, list(PROMPT)
+        gateway.generate(3)
+        for _ in range(2):
+            verifier.expect(OpenTarget)
+        assert worker_status(net, "a").n_sessions == 1
+        for token in range(10, 42):
+            propose(worker, session, text, token)
+            verifier.expect(Proposal)
+            if token < 41:
+                verifier.send(commit(session, text, token))
+                worker.expect(Commit)
+                gateway.expect(Tokens)
+        assert worker.expect(OpenDraft).session != session, "it has proved itself"
+        assert worker_status(net, "a").state == "ok"
+        for request in (2, 3):
+            gateway.send(Cancel(request))
+        for _ in range(2):
+            ended = verifier.expect(Close).session
+            known = text if ended == session else list(PROMPT)
+            verifier.send(commit(ended, list(known), finish="cancelled"))
+            worker.expect(Close)
+            gateway.expect(Finished)
+    first_line = process.logged("worker_demoted")
+    assert first_line["retry_s"] == 0.3
+    assert worker_status(net, "a").n_demotions == 2
+
+
+def test_a_worker_that_stalls_is_demoted(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """One that drafted well and then owes proposals for seconds, while commits go on, loses its session."""
+    process, net = own_router(*DEMOTING)
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate()
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    propose(worker, session, text, 4)
+    verifier.expect(Proposal)
+    verifier.send(commit(session, text, 4))
+    worker.expect(Commit)
+    gateway.expect(Tokens)
+    heir = net.draft("b")
+    net.wait(
+        lambda s: any(w.instance == "a" and w.state == "demoted" for w in s.workers), worker, verifier, gateway, heir
+    )
+    assert "stalls" in process.logged("worker_demoted", worker="a")["reason"]
+    assert worker.expect(Close).session == session
+    assert written(heir.expect(OpenDraft), heir, text) == text
+
+
+def test_a_worker_that_comes_and_goes_is_kept_out(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """The third time that it leaves a session within a minute it is demoted, though each time it is a new process."""
+    process, net = own_router(*DEMOTING)
+    net.verifier()
+    gateway = net.gateway()
+    gateway.generate()
+    session = 0
+    for _ in range(3):
+        worker = net.draft("a")
+        session = worker.expect(OpenDraft).session
+    last = net.draft("a")
+    assert process.logged("worker_demoted", worker="a")["reason"].startswith("it left its sessions")
+    last.nothing_before_now()
+    net.wait(lambda s: s.workers[0].state == "probation", last, gateway)
+    assert last.expect(OpenDraft).session == session
+
+
+def test_a_session_moves_to_a_better_worker(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """A worker whose proposals are never right loses its session to another one, which gets every token so far."""
+    process, net = own_router(*DEMOTING)
+    verifier, gateway, bad = net.verifier(), net.gateway(), net.draft("bad")
+    gateway.generate(1, limits=Limits(1000))
+    session, text = bad.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    good = net.draft("good", lag_us=2000)
+    for i in range(40):
+        propose(bad, session, text, 98)
+        verifier.expect(Proposal)
+        verifier.send(commit(session, text, 10 + i))
+        gateway.expect(Tokens)
+        bad.expect(Commit)
+        if net.cli.status().sessions[0].worker == "good":
+            break
+    assert bad.expect(Close).session == session
+    moved = process.logged("draft_moved", worker="good", previous="bad")
+    assert "faster than bad" in moved["why"]
+    assert written(good.expect(OpenDraft), good, text) == text
+    status = net.cli.status()
+    (shown,) = status.sessions
+    assert (shown.session, shown.worker, shown.n_moves) == (session, "good", 1)
+    assert "faster than bad" in shown.why
+    by_name = {w.instance: w for w in status.workers}
+    assert by_name["bad"].acceptance < 0.5
+    assert by_name["bad"].n_judged >= 6
+    assert by_name["good"].speed_up > by_name["bad"].speed_up
+    verifier.send(commit(session, text, 9, finish="stop"))
+    assert gateway.expect(Tokens).tokens == (9,)
+    assert gateway.expect(Finished).draft.worker_changes == 1
+
+
+def test_prompt_lookup_takes_over_where_text_is_copied(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """A model that drafts slowly loses a session that repeats its prompt to the n-gram worker, without a trial."""
+    process, net = own_router(*DEMOTING)
+    verifier, gateway = net.verifier(), net.gateway()
+    lookup = net.joined(Hello("draft", "lookup", 1, "ngram", n_slots=256))
+    model = net.draft("model")
+    page = list(range(10, 30))
+    gateway.generate(1, page, limits=Limits(1000))
+    session, text = model.expect(OpenDraft).session, list(page)
+    verifier.expect(OpenTarget)
+    while net.cli.status().sessions[0].worker == "model":
+        token = page[len(text) % len(page)]
+        model.send(Proposal(session, len(text), TokenPrefix(text).hash, (token,), decode_us=300_000))
+        verifier.expect(Proposal)
+        verifier.send(commit(session, text, token))
+        gateway.expect(Tokens)
+        model.expect(Commit)
+        assert len(text) < 400, net.cli.status()
+    assert process.logged("draft_moved")["worker"] == "lookup"
+    assert model.expect(Close).session == session
+    assert written(lookup.expect(OpenDraft), lookup, text) == text
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_worker_costs_a_token(own_router: Callable[..., tuple[Process, Net]], seed: int) -> None:
+    """Workers come, draft, lie, leave and die in any order: every session ends with every token, in order, and whoever
+    gets a session is given exactly its text so far."""
+    process, net = own_router("router.demotion_s=0.01", "router.exploration=0.5", "router.max_sessions=9")
+    chance = random.Random(seed)
+    verifier, gateway = net.verifier(), net.gateway()
+    for request in range(3):
+        gateway.generate(request, limits=Limits(1000))
+    texts = {verifier.expect(OpenTarget).session: list(PROMPT) for _ in range(3)}
+    heard: dict[int, list[int]] = {request: [] for request in range(3)}
+    workers: list[Peer] = []
+    held: dict[int, dict[int, list[int]]] = {}
+
+    def listen(worker: Peer) -> None:
+        """Take in what the router has sent to a worker."""
+        while worker.socket.poll(0):
+            worker._hear()
+        mine = held.setdefault(id(worker), {})
+        for message in worker._heard:
+            if isinstance(message, OpenDraft):
+                mine[message.session] = message.tokens.tolist()
+                assert mine[message.session] == texts[message.session][: len(message.tokens)]
+            elif isinstance(message, Commit) and message.session in mine:
+                assert len(mine[message.session]) == message.start
+                mine[message.session] += message.tokens
+            elif isinstance(message, Close):
+                mine.pop(message.session, None)
+        worker._heard.clear()
+
+    for step in range(400):
+        session = chance.choice(list(texts))
+        text = texts[session]
+        kind = chance.randrange(8)
+        if kind == 0 and len(workers) < 4:
+            engine = chance.choice(("e", "ngram"))
+            workers.append(net.joined(Hello("draft", chance.choice("abcd"), step, engine, n_slots=2)))
+        elif kind == 1 and workers:
+            leaving = workers.pop(chance.randrange(len(workers)))
+            if chance.random() < 0.5:
+                leaving.send(Goodbye("draining"))
+            leaving.socket.close()
+        elif kind <= 4 and workers:
+            worker = chance.choice(workers)
+            listen(worker)
+            for own, tokens in held[id(worker)].items():
+                start, prefix_hash = len(tokens), TokenPrefix(tokens).hash
+                if chance.random() < 0.2:
+                    start, prefix_hash = chance.choice(((start + 99, 1), (0, 1), (start, 2)))
+                token = chance.choice((7, 8, N_VOCAB))
+                worker.send(Proposal(own, start, prefix_hash, (token,), decode_us=chance.choice((0, 5000))))
+        else:
+            verifier.send(commit(session, text, chance.choice((7, 8))))
+    for session, text in texts.items():
+        verifier.send(commit(session, text, 9, finish="stop"))
+    for _ in texts:
+        while isinstance(message := gateway.expect(Tokens, Finished), Tokens):
+            heard[message.request] += message.tokens
+        assert message.reason == "stop"
+    assert [PROMPT + tokens for tokens in heard.values()] == list(texts.values())
+    net.wait(lambda status: status.n_sessions == 0, verifier, gateway)
+    assert process.running()
+
+
+def test_sessions_go_to_the_quicker_verifier(net: Net) -> None:
+    """Once both say what their steps cost, the quick one gets the first two of three sessions; drafts serve both."""
+    gateway = net.gateway()
+    slow, quick = net.verifier(name="a-slow"), net.verifier(name="quick")
+    worker = net.draft("a")
+    slow.send(StepReport(((1, 300_000), (2, 400_000))))
+    quick.send(StepReport(((1, 150_000), (2, 160_000), (3, 310_000))))
+    slow.nothing_before_now()
+    quick.nothing_before_now()
+    for request in range(3):
+        gateway.generate(request)
+    sessions = {quick.expect(OpenTarget).session for _ in range(2)} | {slow.expect(OpenTarget).session}
+    assert {worker.expect(OpenDraft).session for _ in range(3)} == sessions
+
+
+def test_the_status_can_be_read_whatever_a_worker_says_of_itself(net: Net) -> None:
+    """Times that cannot be, the longest and the shortest, do not make the router's answer unreadable."""
+    verifier, gateway, boaster = net.verifier(), net.gateway(), net.draft("a")
+    for prefill_us, decode_us in ((1, 2**53), (2**53, 1)):
+        gateway.generate(1, list(range(20)))
+        session, text = boaster.expect(OpenDraft).session, list(range(20))
+        verifier.expect(OpenTarget)
+        for _ in range(3):
+            costs = {"prefill_us": prefill_us, "decode_us": decode_us}
+            boaster.send(Proposal(session, len(text), TokenPrefix(text).hash, (5,), **costs))
+            verifier.expect(Proposal)
+            verifier.send(commit(session, text, 5))
+            boaster.expect(Commit)
+            gateway.expect(Tokens)
+            assert worker_status(net, "a").n_sessions == 1
+        verifier.send(commit(session, text, 9, finish="stop"))
+        boaster.expect(Close)
+        gateway.expect(Tokens)
+        gateway.expect(Finished)
+
+
+def test_a_report_that_cannot_be_is_refused(net: Net) -> None:
+    """Rows that do not ascend from one are told so; nothing else changes."""
+    verifier = net.verifier()
+    verifier.send(StepReport(((2, 5), (1, 4))))
+    verifier.refused("bad_report")
+
+
+def test_an_explanation_comes_from_who_held_the_session(net: Net) -> None:
+    """By the session's id or as the last one, also after its end, with the asker's own reference; else an empty one."""
+    net.cli.send(GetExplanation(3, 0))
+    assert net.cli.expect(Explanation) == Explanation(3, 0, False, Speculation(), ())
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate()
+    session = verifier.expect(OpenTarget).session
+    for asked in (0, session):
+        net.cli.send(GetExplanation(4, asked))
+        question = verifier.expect(GetExplanation)
+        assert question.session == session
+        answer = Explanation(question.ref, session, True, Speculation(n_max=2), ())
+        verifier.send(answer)
+        verifier.send(answer)  # once is enough
+        assert net.cli.expect(Explanation) == replace(answer, ref=4)
+        net.cli.nothing_before_now()
+    net.cli.send(GetExplanation(5, session + 1))
+    assert not net.cli.expect(Explanation).decisions

@@ -8,6 +8,7 @@ import pytest
 
 from shared.sampling.acceptance import Decision, ProposalDistribution, decide
 from shared.sampling.drafting import draft
+from shared.sampling.noise import COUPLED, gumbel
 from shared.sampling.params import SamplingParams
 from tests.sampling import reference
 
@@ -37,13 +38,45 @@ def test_a_draft_with_the_targets_logits_is_always_accepted(params):
 
 
 @pytest.mark.parametrize("params", PARAMS[3:5] + PARAMS[:1])
-def test_confidence_is_the_drafts_own_filtered_probability(params):
-    """After filters and temperature, of the proposed token."""
+def test_confidence_is_the_winner_s_share_with_the_noise(params):
+    """After filters and temperature, of the proposed token; of an unfiltered row what is far behind may be left out."""
     row = np.random.default_rng(3).normal(0, 2, 60).astype(np.float32)
+    history = [7, 7, 1]
     for seed in range(20):
-        got = draft(dataclasses.replace(params, seed=seed), row, [7, 7, 1], 3)
-        assert got.confidence == pytest.approx(reference.distribution(params, row, [7, 7, 1])[got.token], rel=1e-9)
+        got = draft(dataclasses.replace(params, seed=seed), row, history, 3)
+        probs = reference.distribution(params, row, history)
+        noisy = np.where(probs > 0, np.log(np.maximum(probs, 1e-300)), -np.inf) + gumbel(
+            seed, 3, np.arange(60), COUPLED
+        )
+        shares = np.exp(noisy - noisy.max()) / np.exp(noisy - noisy.max()).sum()
+        assert got.token == shares.argmax()
+        assert got.confidence == pytest.approx(shares.max(), rel=1e-9 if params.top_p < 1 else 1e-3)
         assert len(got.q_ids) == len(got.q_probs) == 0
+
+
+def test_confidence_tells_who_agrees_better_than_the_probability():
+    """Of a draft whose logits are the target's with an error: log-loss of calibrated bins, as in the controller's use.
+
+    The token's probability leaves out the noise that both share.
+    """
+    params = SamplingParams(temperature=0.9, top_k=0, top_p=1.0, min_p=0.0)
+    rng = np.random.default_rng(11)
+    shares, probs, agreed = [], [], []
+    for seed in range(3000):
+        target = rng.normal(0, 3, 40).astype(np.float32)
+        row = (target + rng.normal(0, 0.7, 40)).astype(np.float32)
+        seeded = dataclasses.replace(params, seed=seed)
+        got = draft(seeded, row, [], 5)
+        shares.append(got.confidence)
+        probs.append(reference.distribution(params, row, [])[got.token])
+        agreed.append(draft(seeded, target, [], 5).token == got.token)
+
+    def log_loss(x):
+        bins = np.searchsorted(np.quantile(x, np.linspace(0, 1, 11)[1:-1]), x)
+        p = np.array([np.mean(np.array(agreed)[bins == b]) for b in range(10)]).clip(1e-3, 1 - 1e-3)[bins]
+        return -np.mean(np.where(agreed, np.log(p), np.log(1 - p)))
+
+    assert log_loss(shares) < 0.95 * log_loss(probs)
 
 
 def test_greedy_confidence_is_the_softmax_probability():

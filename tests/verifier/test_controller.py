@@ -48,6 +48,18 @@ def test_lengths_are_worth_most_of_all(all_reach: list[list[float]], rate: float
     assert worth(controller, sessions, chosen) == pytest.approx(best, abs=1e-9)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(reaches, st.integers(0, 4)), min_size=1, max_size=3), st.floats(1, 40), st.integers(0, 12))
+def test_fewer_than_the_request_wants_are_none(wanted: list[tuple[list[float], int]], rate: float, room: int) -> None:
+    for controller in (learned(rate=rate), LengthController()):
+        sessions = [Candidate(reach, least=least) for reach, least in wanted]
+        for _ in range(65):  # with a step that explores
+            chosen = controller.choose(sessions, room)
+            assert sum(chosen) <= room
+            assert all(n == 0 or n >= session.least for n, session in zip(chosen, sessions, strict=True))
+            controller.observe(len(sessions) + sum(chosen), BASE, 1, BASE)
+
+
 def test_a_cost_in_stairs_is_climbed_where_it_pays() -> None:
     """Rows two to eight cost nothing more, nine costs as much again: seven proposals, though the first gains little."""
     controller = LengthController()

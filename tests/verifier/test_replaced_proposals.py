@@ -11,7 +11,7 @@ from scipy import stats
 from services.verifier import session as session_module
 from services.verifier.session import TargetSession
 from shared.engine.dense import DenseLogits
-from shared.messages import MAX_RUN, Limits, Proposal
+from shared.messages import Limits, Proposal, Speculation
 from shared.prefix import TokenPrefix
 from shared.sampling.acceptance import Decision, ProposalDistribution, decide
 from shared.sampling.drafting import draft
@@ -29,7 +29,7 @@ N_SEEDS = 6000
 def first_token(seed: int, workers: list[np.ndarray]) -> int:
     """The first committed token after each worker has proposed one for the same position, in turn."""
     params = replace(PARAMS, seed=seed)
-    target = TargetSession(1, np.array(PROMPT, np.int32), params, Limits(10), MAX_RUN, 0)
+    target = TargetSession(1, np.array(PROMPT, np.int32), params, Limits(10), Speculation(), 0)
     prefix_hash = TokenPrefix(PROMPT).hash
     for row in workers:
         drafted = draft(params, row, PROMPT, len(PROMPT))

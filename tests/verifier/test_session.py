@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from services.draft.session import DraftSession, LostCommit
 from services.verifier.session import TargetSession
-from shared.messages import MAX_RUN, Commit, Limits, OpenDraft, Proposal
+from shared.messages import MAX_RUN, Commit, Limits, OpenDraft, Proposal, Speculation
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
@@ -24,7 +24,7 @@ MAX_PARKED = 16
 
 
 def open_target(prompt: Sequence[int] = PROMPT, sampling: SamplingParams | None = None) -> TargetSession:
-    return TargetSession(1, np.array(prompt, np.int32), sampling or SamplingParams(), Limits(1000), MAX_RUN, 0)
+    return TargetSession(1, np.array(prompt, np.int32), sampling or SamplingParams(), Limits(1000), Speculation(), 0)
 
 
 def propose(tokens: Sequence[int], start: int, run: Sequence[int], **q: Any) -> Proposal:
@@ -34,6 +34,23 @@ def propose(tokens: Sequence[int], start: int, run: Sequence[int], **q: Any) -> 
 
 def chain(session: TargetSession) -> list[int]:
     return [p.token for p in session.chain]
+
+
+def test_the_request_s_bounds_hold() -> None:
+    """No more than n_max; none from the first on in which the draft has less confidence than p_min."""
+    bounds = Speculation(n_max=3, n_min=2, p_min=0.5)
+    session = TargetSession(1, np.array(PROMPT, np.int32), SamplingParams(), Limits(1000), bounds, 0)
+    for run, confidence, usable in (([1], (0.9,), 1), ([2, 3, 4], (0.5, 0.6, 0.7), 3)):
+        session.offer(propose([*PROMPT, *chain(session)], session.known, run, confidence=confidence))
+        assert session.usable == len(session.candidate().reach) == usable
+    assert session.candidate().room == 0
+    assert session.candidate().least == 2
+    session.commit([9])
+    session.offer(propose([*PROMPT, 9], 4, [1, 2, 3], confidence=(0.9, 0.4, 0.9)))
+    assert session.usable == len(session.candidate().reach) == 1
+    assert session.candidate().room == 0, "to wait for more is of no use"
+    session.offer(propose([*PROMPT, 9], 4, [5, 6], confidence=()))
+    assert session.usable == 2, "what has no confidence is not under it"
 
 
 # -- single offers --

@@ -26,13 +26,17 @@ from shared.messages import (
     CloseSampling,
     Commit,
     Error,
+    Explanation,
     FullRows,
+    GetExplanation,
     Limits,
     Message,
     NeedRows,
     OpenSampling,
     OpenTarget,
     Proposal,
+    Speculation,
+    StepReport,
     TargetStats,
     Verify,
 )
@@ -179,6 +183,7 @@ class World:
         self.texts: dict[int, list[int]] = {}
         self.prompts: dict[int, list[int]] = {}
         self.errors: list[Error] = []
+        self.reports: list[StepReport] = []
         self.build()
 
     def build(self) -> None:
@@ -192,6 +197,9 @@ class World:
             if isinstance(commit, Error):
                 self.errors.append(commit)
                 continue
+            if isinstance(commit, StepReport):
+                self.reports.append(commit)
+                continue
             assert isinstance(commit, Commit)
             text = self.texts[commit.session]
             assert commit.start == len(text)
@@ -204,11 +212,13 @@ class World:
 
     def open(
         self, session: int, prompt: Sequence[int], sampling: SamplingParams = GREEDY, max_tokens: int = 12,
-        stop: Sequence[int] = (), n_max: int = 64,
+        stop: Sequence[int] = (), **speculation: Any,
     ) -> None:  # fmt: skip
         self.prompts[session], self.texts[session], self.commits[session] = list(prompt), list(prompt), []
         limits = Limits(max_tokens, tuple(stop))
-        self.stepper.receive(OpenTarget(session, np.array(prompt, np.int32), sampling, limits, n_max))
+        self.stepper.receive(
+            OpenTarget(session, np.array(prompt, np.int32), sampling, limits, Speculation(**speculation))
+        )
 
     def propose(self, session: int, run: Sequence[int]) -> None:
         """As a draft worker that knows all commits."""
@@ -402,6 +412,42 @@ def adaptive_world(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, engin
     world.engine = engine
     world.build()
     return world
+
+
+def test_the_router_hears_what_steps_cost(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a second at most, by rows, and they do not fall; nothing before a step has been measured."""
+    engine = CostlyEngine()
+    world = adaptive_world(make_world, monkeypatch, engine)
+    world.open(1, [20, 21], max_tokens=60)
+    while not world.commits[1] or not world.commits[1][-1].finish:
+        world.propose(1, greedy(world.texts[1], 3))
+        world.stepper.step()
+    assert 3 <= len(world.reports) <= engine.now_us / 1e6
+    points = dict(world.reports[-1].points)
+    assert list(points) == [1, 2, 4, 8, 16]
+    assert points[1] == pytest.approx(160_000, rel=0.15)
+    assert points[4] == pytest.approx(160_000 + 3 * 62_400, rel=0.05)
+
+
+def test_decisions_are_kept_with_their_grounds(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was there, what was verified and accepted, and the prices: every step of the decoding, in order."""
+    world = adaptive_world(make_world, monkeypatch, CostlyEngine())
+    world.open(1, [20, 21], max_tokens=30)
+    while not world.commits[1] or not world.commits[1][-1].finish:
+        world.propose(1, greedy(world.texts[1], 3))
+        world.stepper.step()
+    world.stepper.receive(GetExplanation(5, 1))
+    explanation = world.stepper._out.pop()
+    assert isinstance(explanation, Explanation)
+    decoding = [commit for commit in world.commits[1][1:] if commit.tokens]
+    assert [d.position for d in explanation.decisions] == [commit.start for commit in decoding]
+    assert [d.n_accepted for d in explanation.decisions] == [commit.n_accepted for commit in decoding]
+    assert sum(d.length for d in explanation.decisions) > 0
+    for decision in explanation.decisions:
+        assert decision.length <= len(decision.reach) <= 3
+        assert list(decision.reach) == sorted(decision.reach, reverse=True)
+        assert decision.rows == 1 + decision.length
+        assert decision.took_us == 160_000 + 62_400 * decision.length
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -3,7 +3,8 @@
 //
 //   scores    z + T * g over the kept leaders, g the Gumbel noise of (seed, position, token id); the largest wins,
 //             equal ones by rank. Tokens beyond the leaders are left out: that can cost a proposal, never a token.
-//   confidence  of the chosen token: its probability among the kept ones at temperature T; for greedy, of all at T = 1
+//   confidence  of the chosen token: its share in the softmax of scores / T, which says how narrowly it has won; for
+//             greedy its probability of all at T = 1
 //
 // One block of 128 threads a row, thread r for the leader of rank r; float64 throughout, as on the host.
 #include "machine.cuh"
@@ -101,10 +102,9 @@ choose(const int* step, const Choice* choices, const int* ids, const float* valu
   if (choice.top_k <= 0) mass = mass_of_all;
   if (choice.top_p < 1.0 && rank > 0) kept = kept && before < choice.top_p * mass;
   if (choice.min_p > 0.0) kept = kept && z >= z0 + log(choice.min_p);
-  double tempered;
-  prefix_sum(kept ? exp((z - z0) / choice.temperature) : 0.0, of_warp, tempered);
 
-  double score = kept ? z + choice.temperature * gumbel(choice.seed, choice.position + step[4], id) : -1e300;
+  const double own = kept ? z + choice.temperature * gumbel(choice.seed, choice.position + step[4], id) : -1e300;
+  double score = own;
   int best = rank;
   for (int mask = 16; mask; mask /= 2) {
     const double other = shuffle_xor(score, mask);
@@ -119,14 +119,17 @@ choose(const int* step, const Choice* choices, const int* ids, const float* valu
     best_ranks[rank / 32] = best;
   }
   sync_block();
+  score = best_scores[0];
+  best = best_ranks[0];
+  for (int w = 1; w < kLeaders / 32; ++w)
+    if (best_scores[w] > score) {
+      score = best_scores[w];
+      best = best_ranks[w];
+    }
+  double all;
+  prefix_sum(kept ? exp((own - score) / choice.temperature) : 0.0, of_warp, all);
   if (rank == 0) {
-    for (int w = 1; w < kLeaders / 32; ++w)
-      if (best_scores[w] > score) {
-        score = best_scores[w];
-        best = best_ranks[w];
-      }
     tokens[row] = history[at] = ids[row * kLeaders + best];
-    const double z_best = values[row * kLeaders + best];
-    confidences[at] = static_cast<float>(exp((z_best - z0) / choice.temperature) / tempered);
+    confidences[at] = static_cast<float>(1.0 / all);
   }
 }

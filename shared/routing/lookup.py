@@ -1,0 +1,79 @@
+"""How prompt lookup would have fared on a session's text, whoever drafts for it: a shadow of the n-gram worker.
+
+Its proposals are rare and depend on the text alone, so that a trial would tell late and cost much; looking its answers
+up along the way costs microseconds a token. Pure. Invariant: a prompt is read in pieces, one a commit, so that no call
+takes longer than its own piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.engine.ngram import NgramIndex
+
+_PIECE = 256
+_MOST_PROMPT = 8192
+"""Tokens of a prompt that are read, its last ones; what is further back is repeated less."""
+_FADE = 0.99
+"""Of old tokens, for each new one: about the last hundred count."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookupShares:
+    """coverage: the share of positions where there was something to propose. first: how often that was right. further:
+    how often it was, where it had been at the position before. weight: how many positions stand behind it."""
+
+    coverage: float
+    first: float
+    further: float
+    weight: float
+
+
+PRIOR = LookupShares(0.5, 0.3, 0.6, 8.0)
+"""Before anything was looked up: code and prose of a session of average repetition."""
+
+
+class LookupFigures:
+    """See the module's docstring.
+
+    Args:
+        prompt: the session's tokens so far.
+    """
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._index = NgramIndex()
+        self._waiting = list(prompt[-_MOST_PROMPT:])
+        self._positions = self._covered = self._right = self._after_right = self._right_again = 0.0
+        self._was_right = False
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The next final tokens: foretell each, as long as the prompt has been read."""
+        if self._waiting:
+            self._waiting += tokens
+            self._index.extend(self._waiting[:_PIECE])
+            del self._waiting[:_PIECE]
+            return
+        for token in tokens:
+            self._see(self._index.propose(1), token)
+            self._index.extend((token,))
+
+    def _see(self, proposed: list[int], token: int) -> None:
+        covered = bool(proposed)
+        right = covered and proposed[0] == token
+        self._positions = self._positions * _FADE + 1
+        self._covered = self._covered * _FADE + covered
+        self._right = self._right * _FADE + right
+        self._after_right = self._after_right * _FADE + (self._was_right and covered)
+        self._right_again = self._right_again * _FADE + (self._was_right and right)
+        self._was_right = right
+
+    def shares(self, prior: LookupShares = PRIOR) -> LookupShares:
+        """What it came to, with the prior where little is known."""
+        w = prior.weight
+        return LookupShares(
+            (self._covered + w * prior.coverage) / (self._positions + w),
+            (self._right + w * prior.coverage * prior.first) / (self._covered + w * prior.coverage),
+            (self._right_again + w * prior.coverage * prior.further) / (self._after_right + w * prior.coverage),
+            self._positions,
+        )

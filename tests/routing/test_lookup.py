@@ -1,0 +1,64 @@
+"""The shadow of the n-gram worker: what it says of a text is what the n-gram worker would have done with it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from shared.engine.ngram import propose
+from shared.routing.lookup import PRIOR, LookupFigures
+
+
+def read(figures: LookupFigures, tokens: list[int], at_a_time: int = 2) -> None:
+    for start in range(0, len(tokens), at_a_time):
+        figures.commit(tokens[start : start + at_a_time])
+
+
+def test_before_anything_is_known_it_says_the_prior() -> None:
+    shares = LookupFigures([1, 2, 3]).shares()
+    assert (shares.coverage, shares.first, shares.further) == pytest.approx(
+        (PRIOR.coverage, PRIOR.first, PRIOR.further)
+    )
+
+
+def test_a_copied_text_is_recognized() -> None:
+    """A text that repeats its prompt is foretold almost everywhere."""
+    chance = random.Random(2)
+    page = [chance.randrange(8000) for _ in range(400)]
+    figures = LookupFigures(page)
+    read(figures, page)
+    shares = figures.shares()
+    assert min(shares.coverage, shares.first, shares.further) > 0.85
+
+
+def test_a_text_that_repeats_nothing_is_recognized() -> None:
+    chance = random.Random(2)
+    figures = LookupFigures([chance.randrange(8000) for _ in range(400)])
+    read(figures, [chance.randrange(8000) for _ in range(400)])
+    assert figures.shares().coverage < 0.1
+
+
+def test_its_shares_are_those_of_looking_up() -> None:
+    """On a text of few words, coverage and first match a count of what the definition of lookup proposes."""
+    chance = random.Random(4)
+    prompt, text = ([chance.choice((1, 2, 3, 4, 5)) for _ in range(n)] for n in (10, 300))
+    figures = LookupFigures(prompt)
+    figures.commit(text[:1])  # with this the prompt is read
+    read(figures, text[1:])
+    whole = prompt + text
+    proposed = [propose(whole[:end], 1) for end in range(len(prompt) + 1, len(whole))]
+    hits = [p == whole[end : end + 1] for end, p in enumerate(proposed, len(prompt) + 1)]
+    shares = figures.shares()
+    assert shares.coverage == pytest.approx(sum(map(bool, proposed)) / len(proposed), abs=0.1)
+    assert shares.first == pytest.approx(sum(hits) / sum(map(bool, proposed)), abs=0.1)
+
+
+def test_a_long_prompt_is_read_in_pieces() -> None:
+    """No commit reads more than a piece, and of a huge prompt only the end is read."""
+    figures = LookupFigures(list(range(100_000)))
+    calls = 0
+    while figures.shares().weight == 0:
+        figures.commit((1,))
+        calls += 1
+    assert 8192 / 256 <= calls <= 8192 / 256 + 2
