@@ -722,7 +722,7 @@ def bench_speculation_command(
         return
     if suite or scene:
         scenes = find_scenes(suite or "paper", scene or ())
-        if policy or draft or engine or profile or temperature or rtt_ms or concurrency != 1:
+        if policy or draft or engine or profile or temperature or top_p != 0.95 or rtt_ms or concurrency != 1:
             raise SettingsError("a scene says itself what is measured", "leave --suite and --scene away, or the others")
     else:
         drafts = tuple(name.strip() for name in draft.split(",")) if draft else ()
