@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shared.fields import Array, Range
 from shared.sampling.params import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 MAX_CONTEXT = 1 << 20
 MAX_RUN = 64

@@ -65,7 +65,9 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True)
 class SceneResult:
-    """What came out of a scene. target, row_invariant: as the verifier says. interrupted: not all was measured."""
+    """What came out of a scene. target, row_invariant: as the verifier says. interrupted: not all was measured.
+    settings: of the fleets, but for what a policy changes.
+    """
 
     scene: Scene
     time_scale: float
@@ -77,6 +79,7 @@ class SceneResult:
     records: tuple[Record, ...]
     overruns: tuple[Overruns, ...]
     interrupted: bool
+    settings: Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +187,7 @@ def _run_scene(scene: Scene, options: BenchOptions, console: Console) -> SceneRe
         tuple(records),
         tuple(overruns),
         interrupted,
+        settings,
     )
 
 

@@ -21,6 +21,7 @@ from shared import wire
 from shared.errors import SettingsError
 from shared.messages import Proposal
 from tools.bench_speculation import SceneResult
+from tools.bench_speculation_best import best_policy
 from tools.bench_speculation_figures import CSV_COLUMNS, STAGES, Record, Spread, Summary, csv_rows, summarize
 from tools.bench_speculation_scenes import Scene
 
@@ -55,6 +56,10 @@ def print_scene(result: SceneResult, console: Console) -> None:
     for remark in REMARKS:
         for line in remark(result, summaries):
             console.print(line)
+    with console.status("simulating policies over what was measured"):
+        lines = best_policy(result)
+    for line in lines:
+        console.print(line)
 
 
 def print_scenes(scenes: Sequence[Scene], console: Console) -> None:

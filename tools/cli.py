@@ -634,6 +634,73 @@ def bench_engine_command(
         write_json(json_file, bench)
 
 
+@bench_app.command("agreement")
+def bench_agreement_command(
+    temperature: Annotated[str, typer.Option("--temperature", "-t", metavar="LIST", help="Separated by commas.")] = (
+        "0.7,1.0"
+    ),
+    top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 0.95,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, max=10_000, help="Of the bundled ones.")] = 40,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Of each text.")] = 100,
+    draft: Annotated[str, typer.Option("--draft", metavar="NAME", help="Whose model drafts; none: the first.")] = "",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Measure how often a draft's token is the target's, and how often it could be at best.
+
+    Token by token along texts that the target samples, without the pipeline: by coupled sampling, by greedy drafts as
+    servers draft today, and the most that any rule can reach (1 - TV of the two distributions).
+
+    \b
+    Examples:
+      draftwire bench agreement
+      draftwire bench agreement --temperature 0.4,0.8,1.2 --prompts 100
+      draftwire bench agreement --set verifier.engine.model=big.gguf --set draft.model.engine.model=small.gguf
+    """
+    from rich.console import Console
+
+    from tools.bench_agreement import bench_agreement, print_agreement
+
+    try:
+        temperatures = [float(part) for part in temperature.split(",")]
+    except ValueError:
+        raise SettingsError(f"--temperature {temperature}", "numbers, separated by commas") from None
+    settings = _settings(config, overrides, None)
+    worker = settings.draft.get(draft) if draft else next(iter(settings.draft.values()), None)
+    if worker is None or worker.drafter != "model":
+        raise SettingsError(f"{draft or 'the first draft worker'} is no model", "give --draft NAME of one that is")
+    console = Console(markup=False, highlight=False)
+    results = bench_agreement(
+        settings.verifier.engine,
+        worker.engine,
+        temperatures=temperatures,
+        top_p=top_p,
+        n_prompts=prompts,
+        n_tokens=tokens,
+        console=console,
+    )
+    print_agreement(results, console)
+
+
+@bench_app.command("routing")
+def bench_routing_command() -> None:
+    """Play the router's choices of draft workers against an oracle, in simulated time.
+
+    Scenes of workers with true speeds that the router does not know, and has to learn: near and slow beside far and
+    fast, eight mixed, one that gets slow, one that comes and goes. Printed is what it reaches of the tokens/s of an
+    oracle that knows them; beside it the nearest worker, a random one, and each in turn. Takes about a minute.
+
+    \b
+    Examples:
+      draftwire bench routing
+    """
+    from rich.console import Console
+
+    from tools.routing_simulation import bench_routing, routing_table
+
+    Console(markup=False, highlight=False).print(routing_table(bench_routing()))
+
+
 @bench_app.command("speculation")
 def bench_speculation_command(
     prompts: Annotated[

@@ -45,7 +45,7 @@ def record(engine: Engine, sampling: SamplingParams, prompt: Sequence[int], text
         sampling: of the request; under coupled sampling the draft shares its noise with the target.
     """
     tokens = [*prompt, *text]
-    rows = _rows(engine, tokens, len(prompt) - 1)
+    rows = rows_along(engine, prompt, text)
     proposed = []
     for i, token in enumerate(text):
         drafted = draft(sampling, rows[i], tokens[: len(prompt) + i], len(prompt) + i)
@@ -61,14 +61,15 @@ def record(engine: Engine, sampling: SamplingParams, prompt: Sequence[int], text
     return tuple(trace)
 
 
-def _rows(engine: Engine, tokens: Sequence[int], first: int) -> list[Float32]:
-    """The draft's logits after tokens[: first + 1], after one more, and so on, without the last one."""
+def rows_along(engine: Engine, prompt: Sequence[int], text: Sequence[int]) -> list[Float32]:
+    """Logits [n_vocab] for each position of `text`, given the prompt and the text before it; by the engine's slot 0."""
+    tokens = [*prompt, *text]
     rows: list[Float32] = []
     engine.truncate(0, 0)
     at, end = 0, len(tokens) - 1
     while at < end:
         chunk = np.array(tokens[at : min(end, at + engine.info.n_batch)], np.int32)
-        wanted = max(0, min(len(chunk), at + len(chunk) - first))
+        wanted = max(0, min(len(chunk), at + len(chunk) - len(prompt) + 1))
         logits = engine.forward([Chunk(0, at, chunk, wanted)])
         rows += [logits.dense(row).copy() for row in range(wanted)]
         at += len(chunk)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -64,6 +64,9 @@ class Policy(Protocol):
     def learn(self, rows: int, seconds: float, tokens: int, elapsed_s: float) -> None: ...
 
 
+PolicyT = TypeVar("PolicyT", bound=Policy)
+
+
 class Adaptive:
     """The verifier's own controller."""
 
@@ -103,7 +106,7 @@ class Threshold:
         del now_s
         length = self.length(session)
         complete = length < len(session.chain) or length >= min(self.n_max, session.most)
-        return 0.0 if complete or next_s > self.most_wait_s else next_s
+        return 0.0 if complete or next_s > self.most_wait_s or next_s == math.inf else next_s
 
     def length(self, session: TargetSession) -> int:
         reach = session.candidate().reach
@@ -114,6 +117,19 @@ class Threshold:
 
     def learn(self, rows: int, seconds: float, tokens: int, elapsed_s: float) -> None:
         del rows, seconds, tokens, elapsed_s
+
+
+class Oracle(Threshold):
+    """Knows which proposals are right: verifies these alone, and waits up to `most_wait_s` while no wrong one is there.
+
+    What better confidence could win at most.
+    """
+
+    def __init__(self, n_max: int, most_wait_s: float) -> None:
+        super().__init__(0.0, n_max, most_wait_s)
+
+    def length(self, session: TargetSession) -> int:
+        return min(_agreeing(session, len(session.prefix) - len(_PROMPT), self.n_max), session.most)
 
 
 @dataclass
@@ -265,17 +281,21 @@ def _commit(session: TargetSession, draft: _Draft, count: int, accepted: int, no
     return now
 
 
-def best_threshold(
-    traces: Sequence[Trace], machine: Machine, least: Sequence[float], n_max: Sequence[int], waits_s: Sequence[float]
-) -> tuple[Threshold, Outcome]:
-    """The threshold policy that is fastest on these traces, of all combinations of its three numbers."""
-    best: tuple[Threshold, Outcome] | None = None
-    for share in least:
-        for most in n_max:
-            for wait in waits_s:
-                policy = Threshold(share, most, wait)
-                outcome = play(traces, machine, policy, max(n_max))
-                if best is None or outcome.rate > best[1].rate:
-                    best = policy, outcome
-    assert best is not None
-    return best
+def best(traces: Sequence[Trace], machine: Machine, policies: Iterable[PolicyT]) -> tuple[PolicyT, Outcome]:
+    """The policy that is fastest on these traces; at least one."""
+    played = [(policy, play(traces, machine, policy)) for policy in policies]
+    return max(played, key=lambda entry: entry[1].rate)
+
+
+def thresholds(machine: Machine) -> Iterator[Threshold]:
+    """Overlapped policies that a user could configure, were lengths not chosen: all combinations of three numbers."""
+    for least in (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8):
+        for n_max in (4, 8, 16):
+            for waits in (0.0, 1.1, 2.5, math.inf):
+                yield Threshold(least, n_max, waits * machine.draft_s + (machine.rtt_s if waits else 0.0))
+
+
+def oracles(machine: Machine) -> Iterator[Oracle]:
+    for n_max in (8, 16):
+        for waits in (0.0, 1.1, 2.5):
+            yield Oracle(n_max, waits * machine.draft_s + (machine.rtt_s if waits else 0.0))

@@ -231,11 +231,11 @@ def test_a_malformed_message_is_refused_with_the_reason(start: Start, client: Cl
     """The sender is told what is wrong, and for another version what to do; the log says so too, not once a message."""
     process = start()
     for _ in range(50):
-        client.socket.send_multipart([b"\x93\x02\xa4Ping\x91\x01"])
+        client.socket.send_multipart([b"\x93\x01\xa4Ping\x91\x01"])
     errors = client.answers()
     assert len(errors) == 50
     assert {error.code for error in errors} == {"bad_message"}
-    assert "protocol version 2 instead of 1" in errors[0].message
+    assert "protocol version 1 instead of 2" in errors[0].message
     assert errors[0].remedy
     line = process.logged("message_refused")
     assert (line["level"], line["link"]) == ("warning", "tiny")

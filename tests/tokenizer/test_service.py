@@ -247,7 +247,7 @@ def bad_messages(n: int) -> Iterator[list[bytes]]:
     def wrong_values() -> list[bytes]:
         name = rng.choice(["Describe", "Encode", "Decode", "Nothing", "Encoded", 7])
         values = [rng.choice(odd) for _ in range(rng.choice([0, 1, 4, 6, 30]))]
-        frames = [header(rng.choice([PROTOCOL_VERSION] * 4 + [0, 2, "1"]), name, values)]
+        frames = [header(rng.choice([PROTOCOL_VERSION] * 4 + [0, PROTOCOL_VERSION + 1, "1"]), name, values)]
         return frames + [rng.randbytes(rng.choice([0, 3, 12]))] * rng.randrange(3)
 
     def oversized() -> list[bytes]:

@@ -113,6 +113,7 @@ def result(*records: Record, **changes: Any) -> SceneResult:
         "records": records,
         "overruns": (),
         "interrupted": False,
+        "settings": load_settings(None, [], {}),
     }
     return SceneResult(**(values | changes))
 

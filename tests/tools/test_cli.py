@@ -34,6 +34,8 @@ COMMANDS = (
     "bench",
     "bench engine",
     "bench speculation",
+    "bench agreement",
+    "bench routing",
 )
 
 

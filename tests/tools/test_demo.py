@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from shared.settings import load_settings
 from tools.bench_speculation import SceneResult
 from tools.bench_speculation_figures import STAGES, Overruns, Record
 from tools.bench_speculation_scenes import Scene
@@ -106,7 +107,9 @@ def scene_result(text: str, overruns: tuple[Overruns, ...] = ()) -> SceneResult:
         )
 
     records = (record("plain", "abcd", 2.0, 0), record("adaptive", text, 1.0, 3))
-    return SceneResult(Scene("s", ""), 1.0, 1, 4, 1, "emulated (ik)", False, records, overruns, False)
+    return SceneResult(
+        Scene("s", ""), 1.0, 1, 4, 1, "emulated (ik)", False, records, overruns, False, load_settings(None, [], {})
+    )
 
 
 def test_the_emulated_machine_is_compared() -> None:
