@@ -14,6 +14,7 @@ import numpy as np
 from shared.messages import Commit, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
+from shared.speculation.worth import hopeless
 
 
 @dataclass(slots=True)
@@ -52,8 +53,11 @@ class DraftSession:
 
     @property
     def room(self) -> int:
-        """How many tokens may still be drafted now; 0 while the window is full or the continuation has ended."""
+        """How many tokens may still be drafted now; 0 while the window is full, or the continuation has ended, or is so
+        surely contradicted by the next commits that what follows is of no use."""
         if self._own and self._own[-1].token in self._stop_tokens:
+            return 0
+        if hopeless(_confidence(drafted) for drafted in self._own):
             return 0
         return max(0, min(self.window - len(self._own), self._n_ctx - len(self.prefix)))
 
@@ -105,3 +109,8 @@ class DraftSession:
         )
         self.cost = Cost()
         return message
+
+
+def _confidence(drafted: DraftToken) -> float:
+    """Under rejection sampling a proposal's probability says nothing of whether it is accepted."""
+    return 1.0 if len(drafted.q_ids) else drafted.confidence

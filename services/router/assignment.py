@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from shared.messages import Commit, Proposal
 from shared.routing.figures import WorkerFigures
 from shared.routing.runs import ProposedRun, Received
+from shared.speculation.worth import hopeless
 
 _STALL_FLOOR_S = 2.0
 _STALL_TOKENS = 50
@@ -40,6 +42,8 @@ class Assignment:
         self._run = ProposedRun(n_opened, window)
         self._arrived_at: float | None = None  # of the last proposal, if it left room for the next one
         self._owes_since: float | None = now
+        self._hope = 1.0
+        """At most the worker's confidence in all that it has proposed beyond the last commit."""
 
     def propose(self, proposal: Proposal, load: int, now: float) -> Received:
         """A proposal has arrived, from a worker that has `load` sessions."""
@@ -47,6 +51,10 @@ class Assignment:
         if received.offence:
             return received
         n_tokens = len(proposal.tokens)
+        if not received.continued:
+            self._hope = 1.0
+        if not proposal.q_counts:
+            self._hope *= math.prod(proposal.confidence)
         if self.answered:
             if proposal.decode_us:
                 self._worker.drafted(n_tokens, proposal.decode_us / 1e6, load, now)
@@ -63,6 +71,8 @@ class Assignment:
     def commit(self, commit: Commit, now: float) -> list[bool]:
         """Tokens are final; returns a hit or a miss for each proposal that this decides."""
         trials = self._run.commit(commit.prefix_hash, commit.tokens)
+        if self._run.last_token is None:
+            self._hope = 1.0
         if not all(trials):
             self._arrived_at = None  # it starts again, a round trip later
         if self._owes_since is None and self._has_room():
@@ -72,7 +82,8 @@ class Assignment:
     def _has_room(self) -> bool:
         """Whether the worker can be expected to propose something."""
         full = self._n_ctx and self._run.end + self._window >= self._n_ctx
-        return self._run.room > 0 and not full and self._run.last_token not in self._stop_tokens
+        waits = hopeless((self._hope,))  # for a commit, since going on is of no use
+        return self._run.room > 0 and not full and not waits and self._run.last_token not in self._stop_tokens
 
     def overdue_s(self, load: int, reading: int, now: float) -> float:
         """How long the worker has owed a proposal, if that is longer than can be; else 0.

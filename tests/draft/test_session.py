@@ -24,7 +24,7 @@ def opened(window: int = 4, stop: Sequence[int] = (), n_ctx: int = 100, prompt: 
 
 
 def certain(token: int) -> DraftToken:
-    return DraftToken(token, 0.5, NO_IDS, NO_PROBS)
+    return DraftToken(token, 0.9, NO_IDS, NO_PROBS)
 
 
 def draft(session: DraftSession, *tokens: int) -> None:
@@ -49,6 +49,27 @@ def test_the_window_ends_the_drafting() -> None:
     assert session.room == 0
     session.commit(commit(session, 1))
     assert session.room == 1
+
+
+def test_a_hopeless_draft_waits_for_the_next_commit() -> None:
+    """What follows proposals of which one is surely wrong is of no use; what a commit confirms no longer counts."""
+    session = opened(window=32)
+    for token in range(6):
+        assert session.room > 0
+        session.append(DraftToken(token, 0.4, NO_IDS, NO_PROBS))
+    assert session.room == 0
+    session.commit(commit(session, 0))
+    assert session.room > 0
+    session.commit(commit(session, 99))
+    assert session.room == 32
+
+
+def test_probabilities_of_rejection_sampling_are_no_confidence() -> None:
+    """There a token of probability 0.1 may well be accepted."""
+    session = opened(window=32)
+    for token in range(20):
+        assert session.room > 0
+        session.append(DraftToken(token, 0.1, np.array([token], np.int32), np.array([1.0], np.float32)))
 
 
 def test_a_stop_token_ends_the_drafting() -> None:
@@ -163,7 +184,7 @@ def test_a_proposal_reports_its_cost_once() -> None:
     assert (first.prefill_us, first.decode_us) == (70, 5)
     again = session.proposal(3)
     assert (again.prefill_us, again.decode_us) == (0, 0)
-    assert (again.tokens, again.confidence) == ((1,), (0.5,))
+    assert (again.tokens, again.confidence) == ((1,), (0.9,))
 
 
 def test_distributions_travel_with_their_tokens() -> None:

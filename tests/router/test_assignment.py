@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.router.assignment import Assignment
 from shared.messages import Commit, Proposal
 from shared.prefix import TokenPrefix
@@ -52,6 +54,18 @@ def test_a_worker_without_room_owes_nothing() -> None:
     ):
         work.propose(proposal(PROMPT, *tokens), 1, 1.0)
         assert work.overdue_s(1, 0, 1000.0) == 0
+
+
+def test_a_worker_may_wait_for_the_verdict_on_what_is_hopeless() -> None:
+    """As long as something of that is undecided; then it has to begin anew."""
+    _, work = started()
+    doubtful = replace(proposal(PROMPT, 7, 7), confidence=(0.05, 0.1))
+    work.propose(doubtful, 1, 1.0)
+    work.commit(commit(PROMPT, 7), 20.0)
+    assert work.overdue_s(1, 0, 40.0) == 0
+    work.commit(commit([*PROMPT, 7], 8), 50.0)
+    assert work.overdue_s(1, 0, 51.0) == 0
+    assert work.overdue_s(1, 0, 60.0) == 10.0
 
 
 def test_room_that_a_commit_makes_is_to_be_used() -> None:
