@@ -778,6 +778,7 @@ def bench_speculation_command(
     import structlog
     from rich.console import Console
 
+    from shared.settings import load_settings
     from tools.bench_speculation import BenchOptions, SceneResult, run_scenes
     from tools.bench_speculation_report import prepare_output, print_scene, print_scenes, save
     from tools.bench_speculation_scenes import Scene, find_scenes, read_prompts
@@ -820,6 +821,19 @@ def bench_speculation_command(
             save(results, out)
     if results[-1].interrupted:
         raise typer.Exit(130)
+    if suite and not scene:
+        from tools.bench_agreement import bench_agreement, print_agreement
+        from tools.routing_simulation import bench_routing, routing_table
+
+        settings = load_settings(config, overrides or ())
+        console.print("\nagreement - one by one, without the pipeline (`draftwire bench agreement`)\n")
+        engines = settings.verifier.engine, next(iter(settings.draft.values())).engine
+        agreed = bench_agreement(
+            *engines, temperatures=(0.7, 1.0), top_p=0.95, n_prompts=40, n_tokens=100, console=console
+        )
+        print_agreement(agreed, console)
+        console.print("\nrouting - the choice of draft workers, in simulated time (`draftwire bench routing`)\n")
+        console.print(routing_table(bench_routing()))
 
 
 def fail(error: DraftwireError) -> NoReturn:
