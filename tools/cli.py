@@ -191,7 +191,7 @@ def explain(
 ) -> None:
     """Say why steps verified so many proposals of a generation, and no more.
 
-    For the last 512 steps of one of the verifier's last 16 sessions, also while it runs.
+    For the last 512 steps of one of the last sessions (16, or two for each slot of the verifier), also while it runs.
 
     \b
     there      proposals that had arrived and might be verified

@@ -49,7 +49,7 @@ def fetch(settings: Settings, session: int) -> Explanation:
         what = f"session {answer.session:016x}" if answer.session else "any session"
         raise DraftwireError(
             f"no decisions of {what} are known",
-            "a verifier keeps those of its last 16 sessions that have decoded, until it is restarted",
+            "a verifier keeps those of the last sessions (16, or two for each slot), until it is restarted",
             "unknown_session",
         )
     return answer

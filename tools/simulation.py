@@ -16,13 +16,13 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from services.draft.session import DraftSession
-from services.verifier.controller import Calibration, LengthController
-from services.verifier.session import TargetSession
 from shared.messages import MAX_RUN, Commit, Limits, OpenDraft, Proposal, Speculation
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
 from shared.speculation.cost import StepCost
+from shared.speculation.draft_session import DraftSession
+from shared.speculation.lengths import Calibration, LengthController
+from shared.speculation.target_session import TargetSession
 from tools.draft_trace import Proposed, Trace
 
 _NO_IDS = np.empty(0, np.int32)

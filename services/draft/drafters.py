@@ -13,13 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
-from services.draft.session import DraftSession
 from shared.engine.interface import Chunk, Engine, Proposer
 from shared.engine.ngram import NgramIndex
 from shared.engine.slots import SlotTable, place_session, with_eviction
 from shared.sampling.drafting import DraftToken, draft
 from shared.service import monotonic_us
 from shared.settings import DrafterKind
+from shared.speculation.draft_session import DraftSession
 
 NO_IDS = np.empty(0, np.int32)
 NO_PROBS = np.empty(0, np.float32)

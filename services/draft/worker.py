@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from services.draft.drafters import Drafter
-from services.draft.session import DraftSession, LostCommit
 from shared import trace
 from shared.engine.slots import OUT_OF_PAGES
 from shared.errors import EngineError
 from shared.messages import MAX_CONTEXT, Close, Commit, Error, Message, OpenDraft
+from shared.speculation.draft_session import DraftSession, LostCommit
 
 Emit = Callable[[Sequence[Message]], None]
 

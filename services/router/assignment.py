@@ -42,6 +42,7 @@ class Assignment:
         self._run = ProposedRun(n_opened, window)
         self._arrived_at: float | None = None  # of the last proposal, if it left room for the next one
         self._owes_since: float | None = now
+        self._reading = 0
         self._hope = 1.0
         """At most the worker's confidence in all that it has proposed beyond the last commit."""
 
@@ -51,7 +52,7 @@ class Assignment:
         if received.offence:
             return received
         n_tokens = len(proposal.tokens)
-        if not received.continued:
+        if received.anew:
             self._hope = 1.0
         if not proposal.q_counts:
             self._hope *= math.prod(proposal.confidence)
@@ -63,6 +64,7 @@ class Assignment:
         elif proposal.prefill_us and self.n_opened > self._window:
             self._worker.prefilled(self.n_opened, proposal.prefill_us / 1e6, now)
         self.answered = True
+        self._reading = 0
         self._arrived_at = now if self._has_room() else None
         if self._run.alive:  # what goes on against better knowledge answers nothing
             self._owes_since = self._arrived_at
@@ -90,8 +92,10 @@ class Assignment:
 
         load: sessions that it has. reading: tokens of those that it is still reading.
         """
-        if self._worker.modelless or self._owes_since is None:
+        if self._worker.modelless or self._owes_since is None or not self._has_room():
             return 0.0
+        self._reading = max(self._reading, reading)  # a pass that has begun goes on when its session has gone
+        reading = self._reading
         patience_s = max(_STALL_FLOOR_S, _STALL_TOKENS * self._worker.token_s(load, now))
         patience_s += _STALL_ROUND_TRIPS * (self._worker.rtt_s or 0.0)
         if self._worker.has_prefilled():

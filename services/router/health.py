@@ -49,9 +49,11 @@ class Health:
 
     def offence(self, reason: str, now: float, weight: float = 1.0) -> bool:
         """It did something that no healthy worker does; True: it has just been demoted for doing so too often."""
+        if self.state == "demoted":
+            return False
         self._offences = max(0.0, self._offences - (now - self._offended_at) / _OFFENCE_FADES_S) + weight
         self._offended_at = now
-        if self.state == "demoted" or (self._offences < _MOST_OFFENCES and self.state != "probation"):
+        if self._offences < _MOST_OFFENCES and self.state != "probation":
             return False
         self.demote(reason, now)
         return True
@@ -60,8 +62,9 @@ class Health:
         """Keep it out from now on, for a back-off twice as long as the last one, less what was forgiven."""
         if self.state == "ok" and self.n_demotions:
             self._doublings = max(0.0, self._doublings - (now - self._changed_at) / _FORGIVEN_S)
-        self._back_off_s = min(_MOST_BACK_OFF_S, self.first_back_off_s * 2 ** min(self._doublings, 40))
-        self._doublings += 1
+        self._back_off_s = min(_MOST_BACK_OFF_S, self.first_back_off_s * 2**self._doublings)
+        if self._back_off_s < _MOST_BACK_OFF_S:
+            self._doublings += 1
         self.state, self.reason, self._changed_at = "demoted", reason, now
         self.n_demotions += 1
         self._offences = 0.0

@@ -342,8 +342,8 @@ class RouterService(Service):
         gateway.sessions.add(session.id)
         verifier.sessions.add(session.id)
         self._verifiers[session.id] = verifier
-        if len(self._verifiers) > _MAX_ENDED:
-            self._verifiers.popitem(last=False)
+        while len(self._verifiers) > _MAX_ENDED + len(self._sessions):
+            self._verifiers.pop(next(s for s in self._verifiers if s not in self._sessions))
         opened = self._send(
             verifier,
             OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
@@ -382,9 +382,15 @@ class RouterService(Service):
             for record in self._workers
             if record.peer is not None
             and not record.peer.draining
-            and record.name not in session.failed
+            and record.name not in session.refused
+            and self._fits(session, record.peer)
             and record.hello.vocab_fingerprint in fingerprints
         ]
+
+    def _fits(self, session: Session, worker: Peer) -> bool:
+        """Whether a worker's cache has room for a session and a window beyond it."""
+        n_ctx = worker.hello.n_ctx
+        return not n_ctx or len(session.tokens) + self.settings.router.window < n_ctx
 
     def _asked(self, session: Session, now: float) -> Asked:
         """A session as the policy sees it."""
@@ -435,8 +441,13 @@ class RouterService(Service):
     def _review(self, session: Session) -> None:
         """Would another worker be better for a session by so much that a move pays?"""
         session.reviewed()
+        if session.draft is not None and not self._fits(session, session.draft):
+            self._take_away(session)
         worker = session.draft
         if worker is None:
+            session.refused.clear()  # what had no room then may have some now
+            self._assign(session)
+            self._assign_waiting()
             return
         now = time.monotonic()
         current = self._workers[worker.hello.instance].candidate(session.id)
@@ -544,9 +555,10 @@ class RouterService(Service):
             return
         if peer is session.draft:
             if message.code != "lost_commit":
-                session.failed.add(peer.hello.instance)
+                session.refused.add(peer.hello.instance)
             self._unassign(session)
             self._assign(session)
+            self._assign_waiting()
         elif peer is session.verifier:
             self._fail(session, message)
 

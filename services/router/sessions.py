@@ -18,8 +18,8 @@ from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, SOON_COMM
 class Session:
     """One generation.
 
-    draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. failed: instances that
-    must not get it again. review_in: commits until its worker is considered again.
+    draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. refused: by these
+    instances, until it is considered again. review_in: commits until its worker is considered again.
     """
 
     id: int
@@ -32,7 +32,7 @@ class Session:
     assignment: Assignment | None = None
     choice: Choice | None = None
     figures: SessionFigures = field(default_factory=SessionFigures)
-    failed: set[str] = field(default_factory=set)
+    refused: set[str] = field(default_factory=set)
     review_in: int = REVIEW_COMMITS
     n_moves: int = 0
     last_worker: str = ""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Float32, Int32, Logits
 from shared.errors import WireError
@@ -34,6 +33,7 @@ from shared.messages import (
 )
 from shared.sampling import rows as sparse
 from shared.service import BlockingLink
+from shared.speculation.target_session import TargetSession
 
 _RETRY_MS = 1000
 _MAX_RESYNCS = 3

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from services.verifier import policy
-from services.verifier.controller import Candidate, LengthController
 from services.verifier.explain import DecisionLog
 from services.verifier.sampler_client import SamplerClient, StepRefused
-from services.verifier.session import TargetSession
 from shared import trace
 from shared.engine.interface import Chunk, Engine
 from shared.engine.slots import OUT_OF_PAGES, SlotTable, place_session, with_eviction
@@ -37,6 +35,8 @@ from shared.messages import (
 )
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
+from shared.speculation.lengths import Candidate, LengthController
+from shared.speculation.target_session import TargetSession
 
 Emit = Callable[[Sequence[Message]], None]
 
@@ -62,7 +62,7 @@ class Stepper:
         self._max_waiting = settings.max_waiting
         self.controller = LengthController()
         self._fixed = settings.length == "fixed"
-        self._decisions = DecisionLog(adaptive=not self._fixed)
+        self._decisions = DecisionLog(not self._fixed, 2 * engine.info.n_slots)
         self._reported_us = 0
         self._awaited: TargetSession | None = None
         self._last_us = 0
@@ -230,7 +230,8 @@ class Stepper:
             return
         room = self._engine.info.n_ctx - len(message.tokens)
         limits = Limits(min(message.limits.max_tokens, room), message.limits.stop_tokens)
-        speculation = replace(message.speculation, n_max=min(self._n_max, message.speculation.n_max))
+        n_max = min(self._n_max, message.speculation.n_max)
+        speculation = replace(message.speculation, n_max=n_max, n_min=min(n_max, message.speculation.n_min))
         session = TargetSession(
             message.session,
             message.tokens,

@@ -19,10 +19,11 @@ _SAVED_ALLOWANCE = 16
 @dataclass(frozen=True, slots=True)
 class Received:
     """What the router makes of a proposal. offence: why no honest worker can have sent it, else empty. continued: it
-    continues the worker's last one, which nothing has contradicted."""
+    continues the worker's last one, which nothing has contradicted. anew: it has nothing to do with the last ones."""
 
     offence: str = ""
     continued: bool = False
+    anew: bool = False
 
 
 class ProposedRun:
@@ -84,7 +85,7 @@ class ProposedRun:
             return Received("it floods: more proposals than its window allows")
         end, offence = self._start + len(self._tokens), ""
         if self._hashes and self._start <= start <= end and self._hashes[start - self._start] == prefix_hash:
-            continued = start == end and self._right
+            continued, anew = start == end and self._right, False
             keep = start - self._start
             del self._tokens[keep:]
             del self._hashes[keep + 1 :]
@@ -94,12 +95,12 @@ class ProposedRun:
                 offence = "its prefix hash is not that of the session"
             elif final is None and self._tokens and self._start <= start <= end:
                 offence = "its prefix hash is not that of its own proposals"
-            continued = False
+            continued, anew = False, True
             self._start, self._tokens, self._hashes, self._right = start, [], [prefix_hash], True
         for token in tokens:
             self._tokens.append(token)
             self._hashes.append(extend(self._hashes[-1], token))
-        return Received(offence, continued)
+        return Received(offence, continued, anew)
 
     def commit(self, prefix_hash: int, tokens: Sequence[int]) -> list[bool]:
         """Take the next final tokens in; returns a hit or a miss for each proposal that this decides."""

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.draft.drafters import MODELLESS_SLOTS, Drafter, GarbageDrafter, ModelDrafter, NgramDrafter, modelless
-from services.draft.session import DraftSession
 from services.draft.worker import Worker
 from shared.engine.dense import DenseLogits
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Proposed
@@ -24,6 +23,7 @@ from shared.messages import Close, Commit, Error, Message, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken, draft
 from shared.sampling.params import SamplingParams
+from shared.speculation.draft_session import DraftSession
 
 N_VOCAB = 64
 GREEDY = SamplingParams(temperature=0.0)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.draft.session import DraftSession, LostCommit
 from shared.messages import Commit, OpenDraft
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
+from shared.speculation.draft_session import DraftSession, LostCommit
 
 NO_IDS, NO_PROBS = np.empty(0, np.int32), np.empty(0, np.float32)
 PROMPT = (5, 6, 7)

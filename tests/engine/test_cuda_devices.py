@@ -18,7 +18,6 @@ import pytest
 import structlog
 
 from services.draft.drafters import ModelDrafter
-from services.draft.session import DraftSession
 from shared.engine.cuda import passes
 from shared.engine.cuda.engine import CudaEngine
 from shared.engine.cuda.weights import load_weights, measure_weights
@@ -29,6 +28,7 @@ from shared.messages import OpenDraft
 from shared.model.config import ModelConfig
 from shared.model.gguf import GGUFFile
 from shared.sampling.params import SamplingParams
+from shared.speculation.draft_session import DraftSession
 from tests.engine.conftest import ModelPath, open_device
 from tests.engine.tiny_models import TinyModel
 from tests.kernels.arrays import assert_same_bits

@@ -68,6 +68,32 @@ def test_a_worker_may_wait_for_the_verdict_on_what_is_hopeless() -> None:
     assert work.overdue_s(1, 0, 60.0) == 10.0
 
 
+def test_what_its_cache_has_no_room_for_is_not_owed() -> None:
+    """A session that outgrows it while it is still reading is no reason to call it silent."""
+    _, work = started(n_ctx=len(PROMPT) + WINDOW + 2)
+    assert work.overdue_s(1, 0, 9.0) == 9.0
+    text = list(PROMPT)
+    for second in range(3):
+        work.commit(commit(text, 7), float(second))
+        text.append(7)
+    assert work.overdue_s(1, 0, 30.0) == 0
+
+
+def test_proposals_sent_again_leave_a_hopeless_run_hopeless() -> None:
+    _, work = started()
+    work.propose(replace(proposal(PROMPT, 7, 7, 7), confidence=(0.05, 0.1, 0.9)), 1, 1.0)
+    work.propose(replace(proposal([*PROMPT, 7], 7, 7), confidence=(0.1, 0.9)), 1, 2.0)
+    assert work.overdue_s(1, 0, 100.0) == 0
+
+
+def test_a_pass_that_has_begun_is_allowed_for_after_its_session_has_gone() -> None:
+    """It reads a long prompt of another session, which is then cancelled: it cannot stop in the middle."""
+    _, work = started()
+    assert work.overdue_s(2, 8000, 5.0) == 0
+    assert work.overdue_s(1, 0, 10.0) == 0
+    assert work.overdue_s(1, 0, 60.0) == 60.0
+
+
 def test_room_that_a_commit_makes_is_to_be_used() -> None:
     _, work = started()
     work.propose(proposal(PROMPT, 7, 7, 7, 7), 1, 1.0)

@@ -65,6 +65,29 @@ def test_single_offences_are_forgiven_many_are_not() -> None:
     assert health.offence("a lie", now + 61)
 
 
+def test_what_is_sent_while_it_is_demoted_does_not_count() -> None:
+    """Late messages of before; it is kept out for them already."""
+    health = Health(2.0, 0.0)
+    health.demote("a lie", 10.0)
+    assert not any(health.offence("a lie", 10.0) for _ in range(2000))
+    assert health.try_again(20.0)
+    assert health.drafted(1000, 20.0)
+    assert not health.offence("a lie", 21.0)
+
+
+def test_however_often_it_was_demoted_it_is_forgiven() -> None:
+    """Two hours of good behaviour after forty demotions: kept out for seconds again, as 5 minutes halve the time."""
+    health, now = Health(2.0, 0.0), 0.0
+    for _ in range(40):
+        health.demote("a lie", now)
+        now += 601.0
+        assert health.try_again(now)
+        health.drafted(1000, now)
+    now += 7200.0
+    health.demote("a lie", now)
+    assert health.retry_s(now) == 2.0
+
+
 def test_coming_and_going_demotes() -> None:
     """The third loss of sessions within a minute is too much, one every ten minutes is not."""
     health = Health(2.0, 0.0)

@@ -54,7 +54,7 @@ from tests.gateway.fleet import Process
 pytestmark = pytest.mark.pipeline
 
 PATIENCE_S = 30.0
-N_VOCAB, N_CTX = 100, 32
+N_VOCAB, N_CTX = 100, 1000
 PROMPT = [1, 2, 3]
 SAMPLING = SamplingParams(seed=9, temperature=0.5)
 SETTINGS = (
@@ -528,6 +528,37 @@ def test_a_worker_that_fails_a_session_does_not_get_it_again(net: Net) -> None:
     assert net.draft("b").expect(OpenDraft).session == session
     verifier.send(commit(session, text, 9, finish="stop"))
     assert gateway.expect(Tokens).tokens == (9,)
+
+
+def test_a_slot_that_a_refusal_leaves_free_is_given_away(net: Net) -> None:
+    """To the session that waits for one; and who was refused is tried again later, since room may have come."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a", n_slots=1)
+    gateway.generate(1)
+    refused, text = worker.expect(OpenDraft).session, list(PROMPT)
+    gateway.generate(2)
+    waiting = {verifier.expect(OpenTarget).session for _ in range(2)} - {refused}
+    worker.send(Error(refused, "out_of_pages", "the pool is full"))
+    assert {worker.expect(OpenDraft).session} == waiting
+    verifier.send(commit(*waiting, list(PROMPT), 9, finish="stop"))
+    worker.expect(Close)
+    for _ in range(40):
+        verifier.send(commit(refused, text, 7))
+    assert worker.expect(OpenDraft).session == refused
+
+
+def test_a_session_that_outgrows_its_worker_gets_another_one(net: Net) -> None:
+    """One whose cache holds it; workers that are too small do not get it in the first place."""
+    verifier, gateway = net.verifier(), net.gateway()
+    small = net.joined(replace(draft_hello("small"), n_ctx=24))
+    gateway.generate(limits=Limits(200))
+    session, text = small.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    large = net.draft("large", lag_us=100_000)
+    net.joined(replace(draft_hello("tiny"), n_ctx=8)).nothing_before_now()
+    for _ in range(40):
+        verifier.send(commit(session, text, 7))
+    assert written(large.expect(OpenDraft), large, text) == text
+    assert worker_status(net, "small").n_sessions == 0
 
 
 def test_a_worker_that_lost_a_commit_starts_again(net: Net) -> None:

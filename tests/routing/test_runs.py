@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.draft.session import DraftSession
 from shared.messages import Commit, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.routing.runs import ProposedRun
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
+from shared.speculation.draft_session import DraftSession
 
 PROMPT = [1, 2, 3]
 WINDOW = 6

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from services.verifier import session as session_module
-from services.verifier.session import TargetSession
 from shared.engine.dense import DenseLogits
 from shared.messages import Limits, Proposal, Speculation
 from shared.prefix import TokenPrefix
@@ -17,6 +15,8 @@ from shared.sampling.acceptance import Decision, ProposalDistribution, decide
 from shared.sampling.drafting import draft
 from shared.sampling.params import SamplingParams
 from shared.sampling.rows import sparse_rows
+from shared.speculation import target_session as session_module
+from shared.speculation.target_session import TargetSession
 
 PROMPT = [1, 2]
 TARGET = np.array([0.0, 0.0, 0.0, 0.0], np.float32)

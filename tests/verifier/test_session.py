@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.draft.session import DraftSession, LostCommit
-from services.verifier.session import TargetSession
 from shared import wire
 from shared.messages import MAX_CONTEXT, MAX_RUN, Commit, Limits, OpenDraft, Proposal, Speculation
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken
 from shared.sampling.params import SamplingParams
+from shared.speculation.draft_session import DraftSession, LostCommit
+from shared.speculation.target_session import TargetSession
 
 NO_IDS, NO_PROBS = np.empty(0, np.int32), np.empty(0, np.float32)
 PROMPT = [5, 6, 7]
@@ -218,7 +218,24 @@ def test_a_confidence_that_is_no_probability_counts_as_none(confidence: float) -
 
 # -- distributions of proposals --
 
+
 REJECTION = SamplingParams(acceptance="rejection")
+
+
+@pytest.mark.parametrize("p_min", [0.0, 0.5])
+def test_whether_a_drawn_proposal_is_verified_does_not_depend_on_which_it_is(p_min: float) -> None:
+    """Else likely tokens would be taken too often, and rejection sampling would no longer be exact."""
+    seen = []
+    for token, probability in ((1, 0.7), (2, 0.2), (3, 0.1)):
+        bounds = Speculation(p_min=p_min)
+        session = TargetSession(1, np.array(PROMPT, np.int32), REJECTION, Limits(1000), bounds, 0)
+        q = np.array([1, 2, 3], np.int32), np.array([0.7, 0.2, 0.1], np.float32)
+        assert session.offer(
+            propose(PROMPT, 3, [token], confidence=(probability,), q_counts=(3,), q_ids=q[0], q_probs=q[1])
+        )
+        seen.append((session.usable, session.candidate().reach, session.candidate().typical))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][0] == 1
 
 
 def q(counts: Sequence[int], ids: Sequence[int], probs: Sequence[float]) -> dict[str, Any]:

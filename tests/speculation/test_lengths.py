@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.verifier.controller import Arrivals, Calibration, Candidate, LengthController, StepCosts
+from shared.speculation.lengths import Arrivals, Calibration, Candidate, LengthController, StepCosts
 
 BASE, SLOPE = 0.16, 0.0624
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.verifier.controller import Arrivals, Calibration, Candidate
 from shared.engine.interface import Float32, Int32
 from shared.errors import WireError
 from shared.messages import MAX_Q, MAX_RUN, Limits, Proposal, Speculation, TargetStats
 from shared.prefix import TokenPrefix, extend
 from shared.sampling.acceptance import ProposalDistribution
 from shared.sampling.params import SamplingParams
+from shared.speculation.lengths import Arrivals, Calibration, Candidate
 
 _MAX_PARKED = 16
 _MAX_OFFERS = 4 * MAX_RUN
@@ -211,7 +211,7 @@ class TargetSession:
             return None
         entries = []
         end = 0
-        for token, count, c in zip(proposal.tokens, counts, confidence, strict=True):
+        for token, count in zip(proposal.tokens, counts, strict=True):
             start, end = end, end + count
             if count > MAX_Q:
                 return None
@@ -220,7 +220,9 @@ class TargetSession:
                 distribution.check(token)
             except WireError:
                 return None
-            entries.append(Proposed(token, (distribution.ids, distribution.probs), c))
+            # Without a confidence: that is the drawn token's probability, and whether a token is verified must not
+            # depend on which one was drawn, or likely ones would be taken too often.
+            entries.append(Proposed(token, (distribution.ids, distribution.probs)))
         return entries
 
     def proposals(self, count: int) -> list[Proposed]:
