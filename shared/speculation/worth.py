@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 HOPELESS = 0.01
-"""In simulations 0.003 to 0.03 left the speed as it was and saved 40 % of the drafting (docs/measuring.md)."""
+"""In simulations 0.001 to 0.03 left the speed as it was; this saved 40 % of the drafting (docs/measuring.md)."""
 
 
 def hopeless(confidences: Iterable[float]) -> bool:
