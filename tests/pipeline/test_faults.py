@@ -16,7 +16,7 @@ from tests.pipeline.faults import N_PROMPTS, Fault, Reader, Schedule, Site, run,
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(300)]
 
 FIRST_SEED = int(os.environ.get("FAULT_SEED", "0"))
-RUNS = int(os.environ.get("FAULT_RUNS", "24"))
+RUNS = int(os.environ.get("FAULT_RUNS", "10"))
 
 
 class Sites:

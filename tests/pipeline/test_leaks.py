@@ -19,7 +19,7 @@ from tests.pipeline.processes import open_files, resident_bytes
 
 pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1800)]
 
-SESSIONS = int(os.environ.get("LEAK_SESSIONS", "80"))
+SESSIONS = int(os.environ.get("LEAK_SESSIONS", "40"))
 WARM_UP = 60
 """Sessions before the first measurement: caches fill, allocators get their arenas, lazy imports happen."""
 CONCURRENT = 4

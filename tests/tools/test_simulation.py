@@ -69,7 +69,7 @@ def test_what_is_not_right_is_not_committed() -> None:
     assert outcome.rate < 0.7 / 0.162
 
 
-@pytest.mark.parametrize("acceptance", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize("acceptance", [0.6, 0.9])
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("rtt_s", [0.0003, 0.05])
 def test_it_agrees_with_the_estimate(acceptance: float, n: int, rtt_s: float) -> None:
@@ -84,7 +84,7 @@ def test_it_agrees_with_the_estimate(acceptance: float, n: int, rtt_s: float) ->
     assert outcome.rate == pytest.approx(expected, rel=0.04)
 
 
-@pytest.mark.parametrize("skill", [0.6, 0.8, 0.9, 0.95])
+@pytest.mark.parametrize("skill", [0.8, 0.95])
 @pytest.mark.parametrize("slope", [0.1, 0.39])
 def test_the_controller_is_as_good_as_the_best_fixed_policy(skill: float, slope: float) -> None:
     """97 % of the fastest of the thresholds, which is chosen knowing the texts; it starts knowing nothing."""
