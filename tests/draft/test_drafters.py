@@ -253,7 +253,7 @@ def test_any_rollback_equals_a_fresh_session(
     fresh.open(1, harness.texts[1], window=window, sampling=sampling)
     fresh.run()
     assert harness.proposed(1) == fresh.proposed(1)
-    assert len(harness.proposed(1)) == window
+    assert 1 <= len(harness.proposed(1)) <= window  # a hopeless draft stops sooner
 
 
 def test_an_engine_that_proposes_is_asked_for_several_tokens() -> None:

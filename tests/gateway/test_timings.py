@@ -59,4 +59,5 @@ def test_stages_are_milliseconds_of_both_sides() -> None:
         "full_rows": 2,
         "n_drafted": 20,
         "n_stale": 3,
+        "session": "0000000000000000",
     }  # fmt: skip
