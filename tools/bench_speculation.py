@@ -35,9 +35,9 @@ from tools.bench_speculation_scenes import (
     Policy,
     Prompts,
     Scene,
+    drafting_model,
     fleet_overrides,
     scene_settings,
-    sequential_draft,
 )
 from tools.fleet import Gateway, find_gateway, joined_workers
 from tools.lan import Conditions, Lan, Link
@@ -133,7 +133,7 @@ def _check(scene: Scene, options: BenchOptions) -> None:
     settings = scene_settings(scene, options.time_scale, options.config, options.overrides)
     for policy in scene.parsed:
         if policy.kind == "sequential":
-            sequential_draft(settings, policy)
+            drafting_model(settings, policy.worker)
     options.prompts.choose(scene)
 
 
@@ -392,7 +392,7 @@ def _engines(scene: Scene, policy: Policy, settings: Settings, overruns: list[Ov
         engines = []
         for name, engine_settings in (
             ("target", target_settings),
-            ("draft", sequential_draft(settings, policy).engine),
+            ("draft", drafting_model(settings, policy.worker).engine),
         ):
             engine = load_engine(engine_settings)
             stack.callback(engine.close)

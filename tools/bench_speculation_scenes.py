@@ -303,12 +303,13 @@ def fleet_overrides(settings: Settings, policy: Policy) -> list[str]:
     return [f"verifier={_toml(asdict(verifier))}", f"draft={_toml(draft)}"]
 
 
-def sequential_draft(settings: Settings, policy: Policy) -> DraftSettings:
-    """The draft worker whose model drafts in turn with the target. Errors: `SettingsError`: there is none."""
+def drafting_model(settings: Settings, wanted: str = "auto") -> DraftSettings:
+    """The draft worker of this name that is a model, or the first one. Errors: `SettingsError`: there is none."""
     for name, worker in settings.draft.items():
-        if worker.drafter == "model" and policy.worker in ("auto", name):
+        if worker.drafter == "model" and wanted in ("auto", name):
             return worker
-    raise SettingsError(f"{policy.name} drafts with a model, and there is none", "give --draft model")
+    which = "no draft worker" if wanted == "auto" else f"no draft worker {wanted!r} that"
+    raise SettingsError(f"{which} is a model", "give --draft NAME of one that is")
 
 
 def _toml(value: Any) -> str:

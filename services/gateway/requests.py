@@ -340,23 +340,25 @@ def _speculation(fields: _Fields) -> Speculation:
         draft = "auto"
     elif not isinstance(draft, str) or not 0 < len(draft) <= _MAX_NAME or not draft.isprintable():
         raise bad_field("draft", '"auto", "none" or a draft worker\'s name expected')
-    bounds: dict[str, Any] = {
-        "n_max": fields.integer("speculative.n_max", 0, MAX_RUN),
-        "n_min": fields.integer("speculative.n_min", 0, MAX_RUN),
-        "p_min": fields.number("speculative.p_min", 0.0, 1.0),
-    }
     nested = fields.take("speculative")
-    if nested is not None:
-        if not isinstance(nested, dict):
-            raise bad_field("speculative", "an object expected")
-        for name in ("n_max", "n_min"):
-            if bounds[name] is None and nested.get(name) is not None:
-                bounds[name] = _integer(f"speculative.{name}", nested[name], 0, MAX_RUN)
-        if bounds["p_min"] is None and nested.get("p_min") is not None:
-            bounds["p_min"] = _number("speculative.p_min", nested["p_min"], 0.0, 1.0)
-    if (bounds["n_min"] or 0) > (MAX_RUN if bounds["n_max"] is None else bounds["n_max"]):
+    if nested is not None and not isinstance(nested, dict):
+        raise bad_field("speculative", "an object expected")
+
+    def bound(name: str) -> Any:
+        """Flat or nested, as clients send it; the flat one wins."""
+        value = fields.take(f"speculative.{name}")
+        return nested.get(name) if value is None and nested is not None else value
+
+    n_max, n_min, p_min = bound("n_max"), bound("n_min"), bound("p_min")
+    speculation = Speculation(
+        draft,
+        MAX_RUN if n_max is None else _integer("speculative.n_max", n_max, 0, MAX_RUN),
+        0 if n_min is None else _integer("speculative.n_min", n_min, 0, MAX_RUN),
+        0.0 if p_min is None else _number("speculative.p_min", p_min, 0.0, 1.0),
+    )
+    if speculation.n_min > speculation.n_max:
         raise bad_field("speculative.n_min", "it is above speculative.n_max")
-    return Speculation(draft, **{name: value for name, value in bounds.items() if value is not None})
+    return speculation
 
 
 def _stops(value: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from shared.messages import Commit, Proposal
 from shared.routing.figures import WorkerFigures
 from shared.routing.runs import ProposedRun, Received
-from shared.speculation.worth import hopeless
+from shared.speculation.draft_session import HOPELESS
 
 _STALL_FLOOR_S = 2.0
 _STALL_TOKENS = 50
@@ -84,7 +84,7 @@ class Assignment:
     def _has_room(self) -> bool:
         """Whether the worker can be expected to propose something."""
         full = self._n_ctx and self._run.end + self._window >= self._n_ctx
-        waits = hopeless((self._hope,))  # for a commit, since going on is of no use
+        waits = self._hope < HOPELESS  # for a commit, since going on is of no use
         return self._run.room > 0 and not full and not waits and self._run.last_token not in self._stop_tokens
 
     def overdue_s(self, load: int, reading: int, now: float) -> float:

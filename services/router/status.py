@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from services.router.peers import Peer
 from services.router.sessions import Session
 from services.router.workers import WorkerRecord
-from shared.messages import MAX_MICROS, PeerStatus, SessionStatus, Status, WorkerState, WorkerStatus
+from shared.messages import MAX_MICROS, MAX_U32, PeerStatus, SessionStatus, Status, WorkerState, WorkerStatus
 from shared.routing.policy import Asked, Candidate, Policy
 from shared.routing.score import STEP_PRIOR, beside
 
 _MOST = 1024
-_MOST_COUNT = 2**32 - 1
 
 
 def status_of(
@@ -84,7 +83,7 @@ def _worker(record: WorkerRecord, typical: Asked, policy: Policy, now: float) ->
         hello.n_slots,
         int(min(MAX_MICROS, (figures.rtt_s or 0.0) * 1e6)),
         int(min(MAX_MICROS, figures.token_s(max(1, record.n_sessions), now) * 1e6)),
-        0 if figures.modelless else int(min(_MOST_COUNT, 1 / max(1e-12, figures.prefill_s(1, now)))),
+        0 if figures.modelless else int(min(MAX_U32, 1 / max(1e-12, figures.prefill_s(1, now)))),
         figures.acceptance(now),
         int(figures.n_trials(now)),
         policy.rate(typical, candidate, now) / typical.plain,

@@ -32,6 +32,7 @@ from shared.messages import (
     Proposal,
     StepDecision,
     StepReport,
+    VerdictItem,
 )
 from shared.service import monotonic_us
 from shared.settings import VerifierSettings
@@ -167,18 +168,9 @@ class Stepper:
             trace.mark("verifier.decided")
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
             n_committed = sum(len(verdict.tokens) for verdict in verdicts)
-            grounds = self._grounds(taking_part, started, decided)
+            self._explain(candidates, taking_part, verdicts, started, decided)
             self._learn(taking_part, started, decided, n_committed)
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
-                if session.id in candidates:
-                    decision = replace(
-                        grounds,
-                        position=len(session.prefix),
-                        reach=tuple(candidates[session.id].reach),
-                        length=n_proposals,
-                        n_accepted=min(verdict.n_accepted, n_proposals),
-                    )
-                    self._decisions.add(session.id, session.speculation, decision)
                 session.counters.full_rows += verdict.full_rows
                 if session.first_commit_us:
                     session.counters.sample_us += sample_us
@@ -291,25 +283,34 @@ class Stepper:
         room = max(0, self._decode_rows - len(candidates))
         return dict(zip(candidates, self.controller.choose(list(candidates.values()), room), strict=True))
 
-    def _grounds(
-        self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int
-    ) -> StepDecision:
-        """What a step's decisions have in common."""
+    def _explain(
+        self,
+        candidates: Mapping[int, Candidate],
+        taking_part: Sequence[tuple[TargetSession, policy.Share]],
+        verdicts: Sequence[VerdictItem],
+        started: int,
+        decided: int,
+    ) -> None:
+        """Note what the step decided for those that decode, on what was known before it."""
         rows = sum(share.pending + share.n_proposals for _, share in taking_part)
-        costs = self.controller.costs
-        return StepDecision(
-            position=0,
-            waited_us=started - self._last_us if self._last_us else 0,
-            reach=(),
-            length=0,
-            n_accepted=0,
-            n_sessions=len(taking_part),
-            rows=rows,
-            rate=self.controller.rate,
-            step_us=round(1e6 * costs.seconds(rows)),
-            further_us=round(1e6 * costs.seconds(rows + 1)),
-            took_us=decided - started,
-        )
+        costs, rate = self.controller.costs, self.controller.rate
+        deciding = [(session, share.n_proposals) for session, share in taking_part if share.final]
+        for (session, length), verdict in zip(deciding, verdicts, strict=True):
+            if session.id in candidates:
+                decision = StepDecision(
+                    position=len(session.prefix),
+                    waited_us=started - self._last_us if self._last_us else 0,
+                    reach=tuple(candidates[session.id].reach),
+                    length=length,
+                    n_accepted=min(verdict.n_accepted, length),
+                    n_sessions=len(taking_part),
+                    rows=rows,
+                    rate=rate,
+                    step_us=round(1e6 * costs.seconds(rows)),
+                    further_us=round(1e6 * costs.seconds(rows + 1)),
+                    took_us=decided - started,
+                )
+                self._decisions.add(session.id, session.speculation, decision)
 
     def _learn(
         self, taking_part: Sequence[tuple[TargetSession, policy.Share]], started: int, decided: int, n_committed: int

@@ -93,9 +93,9 @@ class Policy:
     def first(self, asked: Asked, candidates: Sequence[Candidate], now: float) -> Choice | None:
         """The worker for a session that has none; None: there is none for it, and it decodes plainly.
 
-        Candidates are those that are alive, match the target's vocabulary and have not failed this session. Of those
-        with a free slot, the one with the highest expected rate. Where rates are equal the nearest, one that was not
-        measured yet last, then the less busy one, then by name.
+        Candidates are those that are alive, match the target's vocabulary and have not just refused this session. Of
+        those with a free slot, the one with the highest expected rate. Where rates are equal the nearest, one that was
+        not measured yet last, then the less busy one, then by name.
         """
         if asked.wanted == "none":
             return None

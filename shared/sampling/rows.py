@@ -306,7 +306,8 @@ def pick(params: SamplingParams, kept: Candidates, position: int, n_vocab: int) 
     """The largest z + T * g (COUPLED noise) of one row's kept tokens; equal ones go to the higher rank."""
     if len(kept.ids) == 1:
         return int(kept.ids[0])
-    return _largest(*_noisy(params, kept, position, n_vocab, 0.0))
+    ids, scores = _noisy(params, kept, position, n_vocab, 0.0)
+    return int(ids[scores.argmax()])
 
 
 def pick_surely(params: SamplingParams, kept: Candidates, position: int, n_vocab: int) -> tuple[int, float]:
@@ -317,22 +318,18 @@ def pick_surely(params: SamplingParams, kept: Candidates, position: int, n_vocab
     """
     if len(kept.ids) == 1:
         return int(kept.ids[0]), 1.0
-    ids, z, scores = _noisy(params, kept, position, n_vocab, _SHARE_SLACK)
+    ids, scores = _noisy(params, kept, position, n_vocab, _SHARE_SLACK)
+    best = int(scores.argmax())
     with np.errstate(over="ignore"):  # at a tiny T the others are infinitely far behind
-        behind = (scores - scores.max()) / params.temperature
-    return _largest(ids, z, scores), 1.0 / float(np.exp(behind).sum())
-
-
-def _largest(ids: Int32, z: Float64, scores: Float64) -> int:
-    tied = np.flatnonzero(scores == scores.max())
-    return int(ids[tied[z[tied].argmax()]])
+        behind = (scores - scores[best]) / params.temperature
+    return int(ids[best]), 1.0 / float(np.exp(behind).sum())
 
 
 def _noisy(
     params: SamplingParams, kept: Candidates, position: int, n_vocab: int, slack: float
-) -> tuple[Int32, Float64, Float64]:
-    """ids, z and z + T * g of kept tokens; of a whole unfiltered row only of those that may win, or come as near to it
-    as slack * T, which spares the others the noise's logarithms."""
+) -> tuple[Int32, Float64]:
+    """ids and z + T * g of kept tokens in the order of their rank; of a whole unfiltered row only of those that may
+    win, or come as near to it as slack * T, which spares the others the noise's logarithms."""
     ids, z, temperature = kept.ids, kept.z, params.temperature
     if kept.ranked:
         scores = gumbel(params.seed, position, ids, COUPLED)
@@ -342,8 +339,9 @@ def _noisy(
         floor = float(z[favourite] + temperature * float(gumbel_of_words(words[favourite : favourite + 1])[0]))
         luckiest = temperature * (float(gumbel_of_words(words.max(keepdims=True))[0]) + slack)
         ids = np.flatnonzero(z + luckiest >= floor).astype(np.int32)
+        ids = ids[np.argsort(-z[ids], kind="stable")]
         z = z[ids]
         scores = gumbel_of_words(words[ids])
     scores *= temperature
     scores += z
-    return ids, z, scores
+    return ids, scores

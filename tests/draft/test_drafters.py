@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from unittest.mock import Mock
@@ -23,7 +24,7 @@ from shared.messages import Close, Commit, Error, Message, OpenDraft, Proposal
 from shared.prefix import TokenPrefix
 from shared.sampling.drafting import DraftToken, draft
 from shared.sampling.params import SamplingParams
-from shared.speculation.draft_session import DraftSession
+from shared.speculation.draft_session import HOPELESS, DraftSession
 
 N_VOCAB = 64
 GREEDY = SamplingParams(temperature=0.0)
@@ -253,7 +254,11 @@ def test_any_rollback_equals_a_fresh_session(
     fresh.open(1, harness.texts[1], window=window, sampling=sampling)
     fresh.run()
     assert harness.proposed(1) == fresh.proposed(1)
-    assert 1 <= len(harness.proposed(1)) <= window  # a hopeless draft stops sooner
+    confidences = [c for message in fresh.sent if isinstance(message, Proposal) for c in message.confidence]
+    assert len(harness.proposed(1)) == len(confidences)
+    # Up to the window, or up to the first token that makes it hopeless.
+    assert math.prod(confidences[:-1]) >= HOPELESS
+    assert len(confidences) == window or math.prod(confidences) < HOPELESS
 
 
 def test_an_engine_that_proposes_is_asked_for_several_tokens() -> None:

@@ -517,8 +517,8 @@ def test_a_draining_worker_gives_its_sessions_away(net: Net) -> None:
     heir.expect(OpenDraft)
 
 
-def test_a_worker_that_fails_a_session_does_not_get_it_again(net: Net) -> None:
-    """A worker without room for a session is passed over for it; with no other one, the target decodes alone."""
+def test_a_worker_that_refuses_a_session_is_passed_over(net: Net) -> None:
+    """A worker without room for a session does not get it again at once; with no other, the target decodes alone."""
     verifier, gateway, full = net.verifier(), net.gateway(), net.draft("a")
     gateway.generate()
     session, text = full.expect(OpenDraft).session, list(PROMPT)

@@ -56,12 +56,12 @@ from tools.bench_speculation_scenes import (
     Policy,
     Prompts,
     Scene,
+    drafting_model,
     find_scenes,
     fleet_overrides,
     parse_policy,
     read_prompts,
     scene_settings,
-    sequential_draft,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -406,8 +406,8 @@ def test_workers_are_the_configured_ones_or_a_kind() -> None:
         scene_settings(Scene("s", "", drafts=("fast",)), 1.0, None, ())
     lookup = scene_settings(Scene("s", "", drafts=("ngram",)), 1.0, None, ())
     assert [worker.drafter for worker in lookup.draft.values()] == ["ngram"]
-    with pytest.raises(SettingsError, match="drafts with a model"):
-        sequential_draft(lookup, parse_policy("sequential:4:0.5"))
+    with pytest.raises(SettingsError, match="no draft worker is a model"):
+        drafting_model(lookup)
 
 
 def test_scenes_are_found_by_name() -> None:

@@ -88,7 +88,18 @@ def test_help_lists_every_command() -> None:
     """`draftwire --help` names the commands, each with a whole sentence."""
     out = draftwire("--help").out
     listed = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert listed == ["up", "service", "generate", "workers", "demo", "doctor", "perplexity", "estimate", "bench"]
+    assert listed == [
+        "up",
+        "service",
+        "generate",
+        "workers",
+        "explain",
+        "demo",
+        "doctor",
+        "perplexity",
+        "estimate",
+        "bench",
+    ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 
 
