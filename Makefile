@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)  ## a target and a draft in separate processes, plain and speculative
 	@$(BIN)/draftwire demo
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-faults: $(STAMP)  ## 200 generations in which parts fail, drawn by number (FAULT_RUNS=, FAULT_SEED=)
 	FAULT_RUNS=$${FAULT_RUNS:-200} $(BIN)/python -m pytest tests/pipeline/test_faults.py
