@@ -153,16 +153,20 @@ def test_fleet_is_ready_when_every_child_says_so(tmp_path: Path) -> None:
 def test_readiness_is_heard_before_the_start_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that is ready before its start has been reported to the supervisor (a busy machine) is not missed."""
     fleet = Fleet(tmp_path, {"router": "good"})
-    start = asyncio.create_subprocess_exec
+    start, hear = asyncio.create_subprocess_exec, Supervisor._hear
+    heard = asyncio.Event()
+
+    def noted(supervisor: Supervisor, child: Any) -> None:
+        hear(supervisor, child)
+        if child.ready_at is not None:
+            heard.set()
 
     async def reported_late(*arguments: Any, **options: Any) -> asyncio.subprocess.Process:
         process = await start(*arguments, **options)
-        [child] = fleet.supervisor._children
-        await asyncio.to_thread(select.select, [child.notify], [], [], TIMEOUT_S)
-        await asyncio.sleep(0)  # the event loop now hears it
-        await asyncio.sleep(0)
+        await heard.wait()
         return process
 
+    monkeypatch.setattr(Supervisor, "_hear", noted)
     monkeypatch.setattr(module.asyncio, "create_subprocess_exec", reported_late)
 
     async def scenario(supervisor: Supervisor) -> None:
