@@ -29,11 +29,13 @@ class Engines:
     """What computes: settings of the target, and of a draft worker's engine.
 
     least_accepted: proposals to be accepted per token; a target that takes half a millisecond seldom finds any in time.
+    quick: a step may always be over before a worker has answered the one before.
     """
 
     target: tuple[str, ...]
     draft: str
     least_accepted: float
+    quick: bool
 
     def worker(self, instance: str) -> str:
         """The setting that gives a draft worker its engine."""
@@ -42,8 +44,8 @@ class Engines:
 
 # Both models of the pair on the CPU, the target with an engine whose rows do not depend on the batch; or on a GPU.
 ENGINES = {
-    "numpy": Engines(("verifier.engine.engine=numpy", *TARGET), "threads=1", 0.2),
-    "cuda": Engines(("verifier.engine.engine=cuda", *TARGET), "engine=cuda", 0.05),
+    "numpy": Engines(("verifier.engine.engine=numpy", *TARGET), "threads=1", 0.2, quick=False),
+    "cuda": Engines(("verifier.engine.engine=cuda", *TARGET), "engine=cuda", 0.05, quick=True),
 }
 
 Texts = dict[tuple[str, int], Completion]
@@ -138,7 +140,8 @@ def test_window_changes_nothing(engines: Engines, prompts: list[str], plain: Tex
     with running_fleet(*engines.target, engines.worker("model"), f"router.window={window}") as other:
         texts = run_all(other, prompts, complete, draft="model")
     assert_same(texts, plain)
-    assert accepted(texts) > 0
+    assert sum(c.final["draftwire"]["n_drafted"] for c in texts.values()) > N_TOKENS * len(texts) / 4
+    assert accepted(texts) > 0 or (window == 1 and engines.quick)
 
 
 def test_killed_draft_changes_nothing(engines: Engines, fleet: Fleet, prompts: list[str], plain: Texts) -> None:

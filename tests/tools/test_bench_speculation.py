@@ -582,6 +582,8 @@ def test_ctrl_c_leaves_nothing_but_the_figures(temporary: Path, concurrency: str
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, and so the whole suite run as one, ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 120
