@@ -10,6 +10,7 @@ import math
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -451,7 +452,22 @@ class RouterService(Service):
             return
         now = time.monotonic()
         current = self._workers[worker.hello.instance].candidate(session.id)
-        choice = self._policy.again(self._asked(session, now), current, self._candidates(session), now)
+        self._move(session, current, self._candidates(session), now)
+
+    def _hold_against_lookup(self, session: Session) -> None:
+        """Would prompt lookup be better now than the model that drafts, or a model than prompt lookup?"""
+        session.held_against_lookup()
+        on_trial = session.choice is not None and session.choice.trial
+        if session.draft is None or session.figures.lookup is None or on_trial:
+            return
+        now = time.monotonic()
+        current = self._workers[session.draft.hello.instance].candidate(session.id)
+        others = [c for c in self._candidates(session) if c.figures.modelless != current.figures.modelless]
+        self._move(session, current, others, now)
+
+    def _move(self, session: Session, current: Candidate, candidates: Sequence[Candidate], now: float) -> None:
+        """Give a session to another worker, if one is better by enough."""
+        choice = self._policy.again(self._asked(session, now), current, candidates, now)
         if choice is not None:
             self.log.info(
                 "draft_moved", session=session.id, worker=choice.instance, previous=current.instance, why=choice.why
@@ -517,6 +533,8 @@ class RouterService(Service):
             self._lose(session.gateway, "its connection is gone, or it does not read")
         elif session.review_in <= 0:
             self._review(session)
+        elif session.lookup_in <= 0:
+            self._hold_against_lookup(session)
 
     def _judge(self, session: Session, commit: Commit) -> None:
         """What a commit says of the proposals of a session's worker."""

@@ -11,7 +11,14 @@ from services.router.assignment import Assignment
 from services.router.peers import Peer
 from shared.messages import MAX_MICROS, MAX_U32, Commit, DraftStats, Generate, Proposal
 from shared.routing.figures import SessionFigures
-from shared.routing.policy import MOST_REVIEW_COMMITS, REVIEW_COMMITS, SOON_COMMITS, TRIAL_COMMITS, Choice
+from shared.routing.policy import (
+    LOOKUP_COMMITS,
+    MOST_REVIEW_COMMITS,
+    REVIEW_COMMITS,
+    SOON_COMMITS,
+    TRIAL_COMMITS,
+    Choice,
+)
 
 
 @dataclass(slots=True)
@@ -19,7 +26,8 @@ class Session:
     """One generation.
 
     draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. refused: by these
-    instances, until it is considered again. review_in: commits until its worker is considered again.
+    instances, until it is considered again. review_in: commits until its worker is considered again; lookup_in: until
+    it is held against prompt lookup.
     """
 
     id: int
@@ -34,6 +42,7 @@ class Session:
     figures: SessionFigures = field(default_factory=SessionFigures)
     refused: set[str] = field(default_factory=set)
     review_in: int = REVIEW_COMMITS
+    lookup_in: int = LOOKUP_COMMITS
     n_moves: int = 0
     last_worker: str = ""
     worker_changes: int = 0
@@ -55,6 +64,10 @@ class Session:
         """Its worker was considered just now."""
         usual = min(MOST_REVIEW_COMMITS, REVIEW_COMMITS << min(self.n_moves, 10))
         self.review_in = TRIAL_COMMITS if self.choice is not None and self.choice.trial else usual
+        self.held_against_lookup()
+
+    def held_against_lookup(self) -> None:
+        self.lookup_in = min(MOST_REVIEW_COMMITS, LOOKUP_COMMITS << min(self.n_moves, 10))
 
     def review_soon(self) -> None:
         """Other workers have become better, or its own has become worse."""
@@ -71,6 +84,7 @@ class Session:
     def committed(self, commit: Commit) -> None:
         self.tokens.extend(commit.tokens)
         self.review_in -= 1
+        self.lookup_in -= 1
         if self.figures.lookup is not None:
             self.figures.lookup.commit(commit.tokens)
 

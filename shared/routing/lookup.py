@@ -1,8 +1,9 @@
 """How prompt lookup would have fared on a session's text, whoever drafts for it: a shadow of the n-gram worker.
 
 Its proposals are rare and depend on the text alone, so that a trial would tell late and cost much; looking its answers
-up along the way costs microseconds a token. Pure. Invariant: a prompt is read in pieces, one a commit, so that no call
-takes longer than its own piece.
+up along the way costs microseconds a token. The end of the prompt is looked up too: what ends in a copy of what came
+before mostly goes on as one. Pure. Invariant: a prompt is read in pieces, one at first and one a commit, so that no
+call takes longer than its own piece.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import dataclass
 
 from shared.engine.ngram import NgramIndex
 
-_PIECE = 256
+_PIECE = 1024
+"""Tokens that are read at once: 5 ms at most."""
 _MOST_PROMPT = 8192
 """Tokens of a prompt that are read, its last ones; what is further back is repeated less."""
-_FADE = 0.99
-"""Of old tokens, for each new one: about the last hundred count."""
+_FORETOLD = 128
+"""Tokens at the end of the prompt that are looked up, in what comes before them."""
+_MOST_FORETOLD = 10.0
+"""As how many positions of the text they count."""
+_FADE = 0.95
+"""Of old positions, for each new one: about the last twenty count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +36,9 @@ class LookupShares:
     weight: float
 
 
-PRIOR = LookupShares(0.5, 0.3, 0.6, 8.0)
-"""Before anything was looked up: code and prose of a session of average repetition."""
+PRIOR = LookupShares(0.5, 0.4, 0.7, 2.0)
+"""Before anything was looked up: code and prose of a session of average repetition. This, the fading and the weight of
+the prompt were chosen by log-loss (docs/measuring.md)."""
 
 
 class LookupFigures:
@@ -46,14 +53,34 @@ class LookupFigures:
         self._waiting = list(prompt[-_MOST_PROMPT:])
         self._positions = self._covered = self._right = self._after_right = self._right_again = 0.0
         self._was_right = False
+        self._read()
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """The next final tokens: foretell each, as long as the prompt has been read."""
+        """The next final tokens: foretell each, as soon as the prompt has been read."""
         if self._waiting:
             self._waiting += tokens
-            self._index.extend(self._waiting[:_PIECE])
-            del self._waiting[:_PIECE]
+            self._read()
+        else:
+            self._foretell(tokens)
+
+    def _read(self) -> None:
+        """The next piece of the prompt."""
+        piece = self._waiting[:_PIECE]
+        del self._waiting[:_PIECE]
+        if self._waiting:
+            self._index.extend(piece)
             return
+        read = max(len(piece) - _FORETOLD, len(piece) // 2)
+        self._index.extend(piece[:read])
+        self._foretell(piece[read:])
+        share = min(1.0, _MOST_FORETOLD / self._positions) if self._positions else 0.0
+        self._positions *= share
+        self._covered *= share
+        self._right *= share
+        self._after_right *= share
+        self._right_again *= share
+
+    def _foretell(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             self._see(self._index.propose(1), token)
             self._index.extend((token,))
