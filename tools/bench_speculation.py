@@ -401,7 +401,8 @@ def _engines(scene: Scene, policy: Policy, settings: Settings, overruns: list[Ov
         if target_settings.computing != "null":  # which has no model file, and never ends by itself
             stops = Vocabulary.open(resolve_model(target_settings.model)).eog_ids
         (_, target), (_, draft) = engines
-        yield _Sequential(scene, policy, SequentialDecoder(target, draft, policy.n_max, policy.p_min), stops)
+        decoder = SequentialDecoder(target, draft, policy.n_max, policy.p_min, policy.greedy)
+        yield _Sequential(scene, policy, decoder, stops)
         overruns.extend(
             Overruns(f"{name} of {policy.name}", engine.passes, engine.overruns, engine.overrun_s * 1e3)
             for name, engine in engines

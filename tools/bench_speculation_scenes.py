@@ -27,7 +27,8 @@ class Policy:
 
     plain: not at all. adaptive: the pipeline chooses how many are verified, up to n_max (0: as configured). fixed: all
     that are there, up to n_max. sequential: see `tools/sequential.py`, with p_min.
-    worker: who drafts, "auto" for the router's choice. rejection: the acceptance rule, else coupled.
+    worker: who drafts, "auto" for the router's choice. rejection: the acceptance rule, else coupled. greedy: sequential
+    drafts the most probable tokens, whatever the target samples.
     """
 
     name: str
@@ -36,13 +37,14 @@ class Policy:
     p_min: float = 0.0
     worker: str = "auto"
     rejection: bool = False
+    greedy: bool = False
 
 
 PLAIN = Policy("plain", "plain")
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy by its name: KIND[:N[:P]][@WORKER][+rejection].
+    """A policy by its name: KIND[:N[:P]][@WORKER][+RULE].
 
     Raises:
         SettingsError: it is none.
@@ -52,13 +54,14 @@ def parse_policy(text: str) -> Policy:
     kind, *numbers = rest.split(":")
     counts = {"plain": (0,), "adaptive": (0, 1), "fixed": (1,), "sequential": (2,)}
     try:
-        if len(numbers) not in counts[kind] or (plus and rule != "rejection") or (at and not worker):
+        if len(numbers) not in counts[kind] or (plus and rule not in ("rejection", "greedy")) or (at and not worker):
             raise ValueError
         n_max = int(numbers[0]) if numbers else 0
         p_min = float(numbers[1]) if len(numbers) > 1 else 0.0
     except (KeyError, ValueError):
         raise SettingsError(
-            f"{text!r} is no policy", f"{POLICY_FORMS}; then @WORKER to name one, +rejection for that rule"
+            f"{text!r} is no policy",
+            f"{POLICY_FORMS}; then @WORKER to name one, +rejection for that rule, +greedy for such drafts",
         ) from None
     if numbers and not 1 <= n_max <= MAX_RUN:
         raise SettingsError(f"policy {text!r}: {n_max} proposals", f"from 1 to {MAX_RUN}")
@@ -66,10 +69,14 @@ def parse_policy(text: str) -> Policy:
         raise SettingsError(f"policy {text!r}: a probability of {p_min:g}", "from 0 to below 1")
     if kind == "plain" and (plus or at):
         raise SettingsError(f"policy {text!r}: plain decoding has no draft", "give plain alone")
-    if kind == "sequential" and plus:
+    if kind == "sequential" and rule == "rejection":
         raise SettingsError(f"policy {text!r}: sequential accepts by the coupled rule only", "leave +rejection away")
+    if kind != "sequential" and rule == "greedy":
+        raise SettingsError(
+            f"policy {text!r}: the pipeline's drafts follow the request", "only sequential takes +greedy"
+        )
     policy: PolicyKind = kind  # type: ignore[assignment]  # the keys of counts
-    return Policy(text, policy, n_max, p_min, worker or "auto", bool(plus))
+    return Policy(text, policy, n_max, p_min, worker or "auto", rule == "rejection", rule == "greedy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ class Scene:
                 raise SettingsError(
                     f"{policy.name} completes one prompt at a time", "leave it out, or set --concurrency 1"
                 )
-            if policy.rejection and self.temperature == 0:
+            if (policy.rejection or policy.greedy) and self.temperature == 0:
                 raise SettingsError(f"{policy.name}: at temperature 0 there is but one rule", "set --temperature")
         return (PLAIN, *(policy for policy in policies if policy.kind != "plain"))
 
@@ -118,7 +125,12 @@ _POLICIES = ("plain", "adaptive", "fixed:4", "sequential:16:0.75")
 SUITES: dict[str, tuple[Scene, ...]] = {
     "paper": (
         replace(_LING, name="greedy", title="a 1T target in RAM, its draft on another machine", policies=_POLICIES),
-        replace(_SAMPLED, name="sampled", title="the same at T = 0.7, top_p 0.95", policies=_POLICIES),
+        replace(
+            _SAMPLED,
+            name="sampled",
+            title="the same at T = 0.7, top_p 0.95",
+            policies=(*_POLICIES, "sequential:16:0.75+greedy"),
+        ),
         replace(_LING, name="garbage", title="a draft that is of no use at all", drafts=("garbage",)),
         replace(
             _LING,

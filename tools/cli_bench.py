@@ -283,7 +283,8 @@ def bench_speculation_command(
       adaptive[:N]      the pipeline chooses how many proposals a step verifies, up to N
       fixed:N           it verifies all that are there, up to N
       sequential:N:P    as in llama-server: draft up to N, stop before the first whose probability is under P,
-                        verify, in turn, in one process
+                        verify, in turn, in one process; +greedy: the most probable tokens also where the target
+                        samples, as it drafts
 
     With --profile the machine is emulated, on two cores: see docs/measuring.md. A suite is a set of scenes that say
     all of this themselves; sizes, seed, scale and settings are still the options'.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class SequentialDecoder:
     Args:
         n_max: most proposals of a round. p_min: a proposal of a smaller probability, as the draft sees it, ends the run
             and is not verified; 0 always drafts n_max.
+        greedy_drafts: the draft's most probable tokens also where the target samples, as llama-server drafts.
         clock: in seconds; for tests.
     """
 
@@ -62,12 +63,14 @@ class SequentialDecoder:
         draft_engine: Engine,
         n_max: int,
         p_min: float,
+        greedy_drafts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._target = target
         self._draft = draft_engine
         self._n_max = n_max
         self._p_min = p_min
+        self._greedy_drafts = greedy_drafts
         self._clock = clock
 
     def complete(
@@ -143,6 +146,8 @@ class SequentialDecoder:
         """Proposals for a round, how many positions the draft holds then, and how many tokens it has chosen."""
         sequence = tokens.copy()
         chosen = 0
+        if self._greedy_drafts:
+            sampling = replace(sampling, temperature=0.0)
         while len(sequence) - len(tokens) < n and (len(sequence) == len(tokens) or sequence[-1] not in stop_tokens):
             logits = self._draft.forward([Chunk(_SLOT, n_cached, np.array(sequence[n_cached:], np.int32), 1)])
             n_cached = len(sequence)

@@ -28,6 +28,7 @@ from shared.errors import SettingsError
 from shared.messages import Proposal
 from shared.model.names import embedded_copy_prompts, load_prompts, resolve_model
 from shared.model.vocabulary import Vocabulary
+from shared.routing.lookup import LookupFigures
 from shared.settings import load_settings
 from tools.bench_speculation import BenchOptions, SceneResult, _logged_overruns, run_scenes
 from tools.bench_speculation_figures import (
@@ -321,6 +322,7 @@ def test_bytes_of_a_proposal_are_those_of_its_frames() -> None:
         ("adaptive:8@near", Policy("adaptive:8@near", "adaptive", 8, worker="near")),
         ("fixed:4+rejection", Policy("fixed:4+rejection", "fixed", 4, rejection=True)),
         ("sequential:16:0.75", Policy("sequential:16:0.75", "sequential", 16, 0.75)),
+        ("sequential:4:0+greedy", Policy("sequential:4:0+greedy", "sequential", 4, greedy=True)),
     ],
 )
 def test_policies_by_name(text: str, expected: Policy) -> None:
@@ -333,6 +335,7 @@ def test_policies_by_name(text: str, expected: Policy) -> None:
     [
         *("", "best", "fixed", "fixed:x", "fixed:0", "fixed:65", "sequential:4", "sequential:4:1.5", "adaptive:1:2"),
         *("plain@model", "adaptive@", "adaptive+coupled", "sequential:4:0.5+rejection", "sequential:4:nan"),
+        *("adaptive+greedy", "plain+greedy"),
     ],
 )
 def test_what_is_no_policy_is_named(text: str) -> None:
@@ -353,6 +356,8 @@ def test_what_does_not_go_together_is_refused() -> None:
         _ = Scene("s", "", ("sequential:4:0.5",), concurrency=2).parsed
     with pytest.raises(SettingsError, match="temperature"):
         _ = Scene("s", "", ("adaptive+rejection",)).parsed
+    with pytest.raises(SettingsError, match="temperature"):
+        _ = Scene("s", "", ("sequential:4:0.5+greedy",)).parsed
 
 
 @pytest.mark.parametrize("scene", SUITES["paper"], ids=lambda scene: scene.name)
@@ -456,14 +461,17 @@ def test_bad_prompts_are_named(tmp_path: Path, name: str, content: bytes | None,
 
 
 def test_copy_prompts_end_with_their_own_beginning() -> None:
-    """The last tokens have occurred before, so that prompt lookup has something to propose."""
+    """The last tokens have occurred before, so that prompt lookup has something to propose: the router sees a copy."""
     vocabulary = Vocabulary.open(resolve_model("embedded:target"))
     prompts = load_prompts(embedded_copy_prompts())
-    assert len(prompts) == 20
+    assert len(prompts) == 15
     for prompt in prompts:
         index = NgramIndex(5, 5)
-        index.extend(vocabulary.encode(prompt.text, parse_special=True).tolist())
+        tokens = vocabulary.encode(prompt.text, parse_special=True).tolist()
+        index.extend(tokens)
         assert index.propose(8)
+        shares = LookupFigures(tokens).shares()
+        assert min(shares.coverage, shares.first, shares.further) > 0.7
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------

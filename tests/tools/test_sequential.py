@@ -146,7 +146,7 @@ def pair() -> Iterator[tuple[Engine, Engine]]:
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("p_min", [0.0, 0.75])
+@pytest.mark.parametrize(("p_min", "greedy_drafts"), [(0.0, False), (0.75, False), (0.5, True)])
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_the_text_is_the_pipelines(
     pair: tuple[Engine, Engine],
@@ -154,22 +154,27 @@ def test_the_text_is_the_pipelines(
     plain: dict[tuple[str, int], tuple[int, ...]],
     name: str,
     p_min: float,
+    greedy_drafts: bool,
 ) -> None:
     """Greedy or sampled, with filters or penalties, long runs or cautious ones: the target's own text, to the token."""
     n_accepted = 0
     for index, prompt in enumerate(prompts):
-        done = SequentialDecoder(*pair, 8, p_min).complete(prompt, SAMPLINGS[name], N_TOKENS, (0, 2))
+        done = SequentialDecoder(*pair, 8, p_min, greedy_drafts).complete(prompt, SAMPLINGS[name], N_TOKENS, (0, 2))
         assert done.tokens == plain[name, index]
         n_accepted += sum(accepted for _, accepted in done.by_depth)
     assert n_accepted > 0
 
 
-def test_the_draft_proposes_as_a_fresh_one_would(prompts: list[list[int]], pair: tuple[Engine, Engine]) -> None:
-    """What is proposed depends on the text so far, not on what the draft's cache has been through.
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_the_draft_proposes_as_a_fresh_one_would(
+    prompts: list[list[int]], pair: tuple[Engine, Engine], name: str
+) -> None:
+    """What is proposed, its most probable tokens, depends on the text, not on what the cache has been through.
 
     A cache that lacked a token, or kept a refused one, would cost proposals without any other sign.
     """
-    done = SequentialDecoder(*pair, 4, 0.0).complete(prompts[0], GREEDY, N_TOKENS, (0, 2))
+    decoder = SequentialDecoder(*pair, 4, 0.0, greedy_drafts=True)
+    done = decoder.complete(prompts[0], SAMPLINGS[name], N_TOKENS, (0, 2))
     text = [*prompts[0], *done.tokens]
     verified, accepted = [0] * 4, [0] * 4
     position = len(prompts[0]) + 1
