@@ -13,7 +13,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from shared.sampling.params import SamplingParams
 from shared.settings import Settings
 from tools.bench_speculation_figures import Overruns, Record
 from tools.bench_speculation_scenes import (
+    Event,
     Policy,
     Prompts,
     Scene,
@@ -109,8 +110,11 @@ class _Contestant(Protocol):
 
     def complete(self, job: _Job) -> _Timed: ...
 
+    def happens(self, event: Event) -> None:
+        """Something changes on the network."""
+
     def wire_bytes(self) -> int | None:
-        """What its link has carried since it exists."""
+        """What its links have carried since they exist."""
 
 
 def run_scenes(scenes: Sequence[Scene], options: BenchOptions, console: Console) -> Iterator[SceneResult]:
@@ -151,14 +155,13 @@ def _run_scene(scene: Scene, options: BenchOptions, console: Console) -> SceneRe
             task = progress.add_task(scene.name, total=len(texts) * options.repeats * len(scene.parsed))
             stopping = threading.Event()
             lan = stack.enter_context(Lan())
-            conditions = Conditions(delay_s=scene.rtt_ms * options.time_scale / 2e3)
             contestants: list[_Contestant] = []
             for policy in scene.parsed:
                 progress.update(task, description=f"{scene.name}: starting {policy.name}")
                 if policy.kind == "sequential":
                     contestants.append(stack.enter_context(_engines(scene, policy, settings, overruns)))
                 else:
-                    running = _fleet(scene, policy, settings, options, lan, conditions, stopping, overruns)
+                    running = _fleet(scene, policy, settings, options, lan, stopping, overruns)
                     contestants.append(stack.enter_context(running))
             plain = contestants[0]
             assert isinstance(plain, _Fleet)
@@ -170,9 +173,12 @@ def _run_scene(scene: Scene, options: BenchOptions, console: Console) -> SceneRe
                 contestant.complete(warm_up)
             progress.update(task, description=scene.name)
             jobs = _jobs(scene, options, [plain.encode(text) for text in texts])
-            for turn, start in enumerate(range(0, len(jobs), scene.concurrency)):
+            starts = range(0, len(jobs), scene.concurrency)
+            for turn, start in enumerate(starts):
                 group = jobs[start : start + scene.concurrency]
                 for contestant in contestants:
+                    for event in scene.events_at(turn, len(starts)):
+                        contestant.happens(event)
                     records += _take_turn(contestant, group, turn, stopping)
                     progress.advance(task, len(group))
     except KeyboardInterrupt:
@@ -235,14 +241,21 @@ def _at_once(complete: Callable[[_Job], _Timed], group: Sequence[_Job], stopping
 
 
 class _Fleet:
-    """A fleet and its link. stopping: set when completions under way are to be given up."""
+    """A fleet. links: of its draft workers. stopping: set when completions under way are to be given up."""
 
     def __init__(
-        self, scene: Scene, policy: Policy, settings: Settings, link: Link | None, stopping: threading.Event
+        self,
+        scene: Scene,
+        policy: Policy,
+        settings: Settings,
+        links: Mapping[str, Link],
+        time_scale: float,
+        stopping: threading.Event,
     ) -> None:
         self.policy = policy
         self._scene = scene
-        self._link = link
+        self._links = links
+        self._time_scale = time_scale
         status = joined_workers(settings)
         verifier = next(peer for peer in status.peers if peer.role == "verifier")
         self.target = verifier.engine, verifier.row_invariant
@@ -254,8 +267,18 @@ class _Fleet:
         tokens: list[int] = self._gateway.post("/tokenize", {"content": text, "add_special": True})["tokens"]
         return tokens
 
+    def happens(self, event: Event) -> None:
+        link = self._links.get(event.worker)
+        if link is None:  # plain decoding has no workers
+            return
+        if event.rtt_ms is None:
+            link.cut()
+        else:
+            link.conditions = _conditions(event.rtt_ms, self._time_scale)
+            link.restore()
+
     def wire_bytes(self) -> int | None:
-        return None if self._link is None else self._link.n_bytes
+        return sum(link.n_bytes for link in self._links.values()) if self._links else None
 
     def complete(self, job: _Job) -> _Timed:
         sampling = replace(job.sampling, acceptance="rejection" if self.policy.rejection else "coupled")
@@ -307,16 +330,15 @@ def _fleet(
     settings: Settings,
     options: BenchOptions,
     lan: Lan,
-    conditions: Conditions,
     stopping: threading.Event,
     overruns: list[Overruns],
 ) -> Iterator[_Fleet]:
     """A running fleet for a policy; adds what it says of overruns when it has ended."""
-    links: list[Link] = []
+    links: dict[str, Link] = {}
 
-    def through(endpoint: str) -> str:
-        links.append(lan.link(endpoint, conditions))
-        return links[0].endpoint
+    def through(worker: str, endpoint: str) -> str:
+        links[worker] = lan.link(endpoint, _conditions(scene.rtt_of(worker), options.time_scale))
+        return links[worker].endpoint
 
     changes = [*options.overrides, "drain_s=1", *fleet_overrides(settings, policy)]
     with tempfile.TemporaryDirectory(prefix="draftwire-logs-") as logs:
@@ -326,10 +348,14 @@ def _fleet(
             log_dir=Path(logs),
             drafts_through=None if policy.kind == "plain" else through,
         ) as running:
-            yield _Fleet(scene, policy, running, links[0] if links else None, stopping)
+            yield _Fleet(scene, policy, running, links, options.time_scale, stopping)
         for path in sorted(Path(logs).glob("*.log")):
             if (found := _logged_overruns(path.read_text("utf-8", "replace"))) is not None:
                 overruns.append(replace(found, process=f"{path.stem} of {policy.name}"))
+
+
+def _conditions(rtt_ms: float, time_scale: float) -> Conditions:
+    return Conditions(delay_s=rtt_ms * time_scale / 2e3)
 
 
 def _logged_overruns(log: str) -> Overruns | None:
@@ -352,6 +378,9 @@ class _Sequential:
         self._scene = scene
         self._decoder = decoder
         self._stop_tokens = stop_tokens
+
+    def happens(self, event: Event) -> None:
+        pass  # it has no network
 
     def wire_bytes(self) -> int | None:
         return None

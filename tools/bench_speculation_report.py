@@ -80,11 +80,15 @@ def _conditions(result: SceneResult) -> str:
         f"Target: {engine}",
         sampling,
         f"{result.n_prompts} prompts x {result.tokens} tokens x {result.repeats}",
-        f"RTT {scene.rtt_ms * result.time_scale:g} ms",
+        f"RTT {scene.rtt_ms * result.time_scale:g} ms"
+        + "".join(f", {worker} {rtt_ms * result.time_scale:g} ms" for worker, rtt_ms in scene.rtts),
         f"{scene.concurrency} at a time",
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
     ]
     line = "; ".join(parts) + "."
+    for event in scene.events:
+        where = "is away" if event.rtt_ms is None else f"is {event.rtt_ms * result.time_scale:g} ms away"
+        line += f"\nFrom {100 * event.share:.0f} % of the turns on {event.worker} {where}."
     if result.time_scale != 1:
         line += (
             f"\nTIME SCALE {result.time_scale:g}: all paces and round trips are multiplied by it; what the processes "
@@ -222,6 +226,36 @@ def _workers(result: SceneResult, summaries: Sequence[Summary]) -> list[str]:
     return lines
 
 
+def _router(result: SceneResult, _summaries: Sequence[Summary]) -> list[str]:
+    """How near the router came to knowing its workers, where each was measured by itself too; one completion at a time.
+
+    An oracle gives each completion to the worker that was fastest with it, or to none.
+    """
+    busy: dict[str, dict[int, float]] = {}
+    for record in result.records:
+        busy.setdefault(record.policy, {})[record.turn] = record.turn_busy_s
+    pinned = [busy[name] for name in busy if name.startswith("adaptive@")]
+    if "adaptive" not in busy or len(pinned) < 2 or result.scene.concurrency > 1:
+        return []
+    turns = sorted(set.intersection(*map(set, busy.values())))
+
+    def share(of: Callable[[int], float], over: Sequence[int]) -> float:
+        spent = sum(map(of, over))
+        fastest = sum(min(one[turn] for one in (*pinned, busy["plain"])) for turn in over)
+        return 100 * fastest / spent if spent else 0.0
+
+    def router(turn: int) -> float:
+        return busy["adaptive"][turn]
+
+    at_random = share(lambda turn: sum(one[turn] for one in pinned) / len(pinned), turns)
+    in_turn = share(lambda turn: pinned[turn % len(pinned)][turn], turns)
+    later = share(router, turns[len(turns) // 2 :])
+    return [
+        f"router: {share(router, turns):.1f} % of the speed of an oracle that knows the fastest worker for each completion;",
+        f"  {later:.1f} % in the second half. At random {at_random:.1f} %, in turn {in_turn:.1f} %.",
+    ]
+
+
 def _overruns(result: SceneResult, _summaries: Sequence[Summary]) -> list[str]:
     """Whether emulated machines kept their time."""
     late = [found for found in result.overruns if found.overruns]
@@ -264,7 +298,7 @@ def _interruption(result: SceneResult, _summaries: Sequence[Summary]) -> list[st
 
 
 Remark = Callable[[SceneResult, Sequence[Summary]], list[str]]
-REMARKS: tuple[Remark, ...] = (_texts, _workers, _wire, _overruns, _interruption)
+REMARKS: tuple[Remark, ...] = (_texts, _workers, _router, _wire, _overruns, _interruption)
 """What is said below the tables of a scene, each from its result and summaries."""
 
 

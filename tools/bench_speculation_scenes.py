@@ -80,12 +80,22 @@ def parse_policy(text: str) -> Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """From that share of a scene's turns on, a worker is so far away. rtt_ms: None: it cannot be reached at all."""
+
+    share: float
+    worker: str
+    rtt_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Scene:
     """One thing to measure: policies against each other, all else being equal.
 
     policies: by name; plain is measured whether listed or not. engine, profile: of target and draft models; empty: as
     configured. drafts: workers, by name or kind; none: as configured. rtt_ms: between draft workers and router, both
-    ways together. copies: prompts that ask for repetition, instead of the bundled ones. changes: settings, as --set.
+    ways together. rtts: of those workers that are at another distance. events: what happens in between. copies: prompts
+    that ask for repetition, instead of the bundled ones. changes: settings, as --set.
     """
 
     name: str
@@ -97,6 +107,8 @@ class Scene:
     temperature: float = 0.0
     top_p: float = 0.95
     rtt_ms: float = 0.0
+    rtts: tuple[tuple[str, float], ...] = ()
+    events: tuple[Event, ...] = ()
     concurrency: int = 1
     copies: bool = False
     changes: tuple[str, ...] = ()
@@ -114,6 +126,14 @@ class Scene:
                 raise SettingsError(f"{policy.name}: at temperature 0 there is but one rule", "set --temperature")
         return (PLAIN, *(policy for policy in policies if policy.kind != "plain"))
 
+    def rtt_of(self, worker: str) -> float:
+        """Its milliseconds to the router and back, at first."""
+        return dict(self.rtts).get(worker, self.rtt_ms)
+
+    def events_at(self, turn: int, n_turns: int) -> list[Event]:
+        """What happens before this turn of so many."""
+        return [event for event in self.events if round(event.share * n_turns) == turn]
+
     def sampling(self, seed: int) -> SamplingParams:
         return SamplingParams(temperature=self.temperature, top_p=self.top_p, seed=seed)
 
@@ -121,6 +141,23 @@ class Scene:
 _LING = Scene("", "", profile="ling-1t", drafts=("model",), rtt_ms=0.2)
 _SAMPLED = replace(_LING, temperature=0.7)
 _POLICIES = ("plain", "adaptive", "fixed:4", "sequential:16:0.75")
+
+
+def _choice(name: str, title: str, workers: tuple[str, str], slow: str, **what: Any) -> Scene:
+    """Two workers with the same draft, of which one takes 90 ms a token: what the router makes of it."""
+    return replace(
+        _LING,
+        name=name,
+        title=title,
+        drafts=workers,
+        policies=("plain", "adaptive", *(f"adaptive@{worker}" for worker in workers)),
+        changes=(
+            *(f'draft.{worker}.drafter="model"' for worker in workers),
+            f"draft.{slow}.engine.pace.first_row_ms=90",
+        ),
+        **what,
+    )
+
 
 SUITES: dict[str, tuple[Scene, ...]] = {
     "paper": (
@@ -154,6 +191,27 @@ SUITES: dict[str, tuple[Scene, ...]] = {
             drafts=("model", "ngram"),
             policies=("plain", "adaptive", "adaptive@model", "adaptive@ngram"),
             copies=True,
+        ),
+        _choice(
+            "near-far",
+            "a slow draft worker nearby, a fast one far away",
+            ("near", "far"),
+            slow="near",
+            rtts=(("far", 30.0),),
+        ),
+        _choice(
+            "degrading",
+            "two draft workers, of which the faster one comes to be far away",
+            ("good", "steady"),
+            slow="steady",
+            events=(Event(0.4, "good", 600.0),),
+        ),
+        _choice(
+            "flapping",
+            "two draft workers, of which the faster one comes and goes",
+            ("good", "steady"),
+            slow="steady",
+            events=tuple(Event(0.1 * tenth, "good", None if tenth % 4 == 2 else 0.2) for tenth in range(2, 10, 2)),
         ),
         replace(
             _SAMPLED,
@@ -249,7 +307,7 @@ def scene_settings(scene: Scene, time_scale: float, config: Path | None, overrid
     Raises:
         SettingsError: a draft worker that is neither configured nor a kind, or nothing to scale.
     """
-    configured = load_settings(config, overrides)
+    configured = load_settings(config, [*scene.changes, *overrides])
     changes = []
     engine = scene.engine or ("emulated" if scene.profile else "")
     drafts = scene.drafts or tuple(configured.draft)

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,11 +20,11 @@ def _silent(_line: str) -> None:
     pass
 
 
-def _elsewhere(command: Command, endpoint: str) -> Command:
-    """Draft workers, and they alone, look for the router at another endpoint."""
+def _elsewhere(command: Command, endpoints: Mapping[str, str]) -> Command:
+    """Draft workers, and they alone, look for the router at other endpoints, each at its own."""
 
     def changed(spec: ChildSpec) -> list[str]:
-        more = ["--set", f'endpoints.drafts="{endpoint}"'] if spec.service == "draft" else []
+        more = ["--set", f'endpoints.drafts="{endpoints[spec.instance]}"'] if spec.service == "draft" else []
         return [*command(spec), *more]
 
     return changed
@@ -36,13 +36,13 @@ def temporary_fleet(
     overrides: Sequence[str],
     *,
     log_dir: Path | None = None,
-    drafts_through: Callable[[str], str] | None = None,
+    drafts_through: Callable[[str, str], str] | None = None,
 ) -> Iterator[Settings]:
     """Start all services, wait until they serve, and stop them at the end; gives the fleet's settings.
 
     Args:
         log_dir: where the logs go, to outlive the fleet.
-        drafts_through: given the router's endpoint for draft workers, says what they connect to instead.
+        drafts_through: given a draft worker's name and the router's endpoint, says what it connects to instead.
 
     Raises:
         DraftwireError: the fleet does not start; the text says why.
@@ -52,7 +52,8 @@ def temporary_fleet(
     settings = load_settings(config, changes)
     command = service_command(settings, config, changes)
     if drafts_through is not None:
-        command = _elsewhere(command, drafts_through(settings.endpoint("drafts")))
+        endpoint = settings.endpoint("drafts")
+        command = _elsewhere(command, {name: drafts_through(name, endpoint) for name in settings.draft})
     started = threading.Event()
     ended = threading.Event()
     failure: list[str] = []

@@ -54,6 +54,7 @@ from tools.bench_speculation_report import (
 from tools.bench_speculation_scenes import (
     PLAIN,
     SUITES,
+    Event,
     Policy,
     Prompts,
     Scene,
@@ -372,6 +373,33 @@ def test_every_scene_of_the_paper_can_be_run(scene: Scene) -> None:
         assert policy.worker == "auto" or policy.worker in built.draft
         engine = built.verifier.engine
         assert engine.n_batch > engine.n_slots * (built.verifier.n_max + 1)
+
+
+def test_events_happen_once_each() -> None:
+    """Each before one turn, by its share of them; workers are as far away as the scene says, or as all are."""
+    scene = Scene("s", "", rtt_ms=1.0, rtts=(("far", 30.0),), events=(Event(0.0, "a", 5.0), Event(0.4, "a", None)))
+    assert (scene.rtt_of("far"), scene.rtt_of("a")) == (30.0, 1.0)
+    for n_turns in (1, 3, 10):
+        found = [event for turn in range(n_turns) for event in scene.events_at(turn, n_turns)]
+        assert found == list(scene.events)
+
+
+@pytest.mark.parametrize("scene", [scene for scene in SUITES["paper"] if scene.events], ids=lambda scene: scene.name)
+def test_events_of_the_paper_are_of_its_workers(scene: Scene) -> None:
+    """Or nothing would happen."""
+    assert {event.worker for event in scene.events} <= set(scene.drafts)
+    assert all(scene.events_at(round(event.share * 20), 20) for event in scene.events)
+
+
+def test_the_router_is_held_against_an_oracle() -> None:
+    """Which takes the fastest worker, or none, for each completion; where each worker was measured by itself."""
+    busy = {"plain": (2.0, 2.0), "adaptive": (1.0, 2.0), "adaptive@a": (1.0, 4.0), "adaptive@b": (3.0, 1.0)}
+    records = [record(name, n, turn_busy_s=s) for name, seconds in busy.items() for n, s in enumerate(seconds)]
+    assert "router: 66.7 % of the speed of an oracle" in printed(result(*records))
+    assert "50.0 % in the second half. At random 44.4 %, in turn 100.0 %." in printed(result(*records))
+    assert "oracle" not in printed(result(*(r for r in records if r.policy != "adaptive@b")))
+    slow = [record("plain", turn_busy_s=1.0), *(record(name, turn_busy_s=4.0) for name in list(busy)[1:])]
+    assert "router: 25.0 % of the speed of an oracle" in printed(result(*slow))
 
 
 def test_fleets_differ_by_policy_alone() -> None:
