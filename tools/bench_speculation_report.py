@@ -251,7 +251,7 @@ def _router(result: SceneResult, _summaries: Sequence[Summary]) -> list[str]:
     in_turn = share(lambda turn: pinned[turn % len(pinned)][turn], turns)
     later = share(router, turns[len(turns) // 2 :])
     return [
-        f"router: {share(router, turns):.1f} % of the speed of an oracle that knows the fastest worker for each completion;",
+        f"router: {share(router, turns):.1f} % of the speed of an oracle that knows the fastest worker for each text;",
         f"  {later:.1f} % in the second half. At random {at_random:.1f} %, in turn {in_turn:.1f} %.",
     ]
 
