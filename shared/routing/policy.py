@@ -22,8 +22,6 @@ REVIEW_COMMITS = 32
 MOST_REVIEW_COMMITS = 512
 LOOKUP_COMMITS = 8
 """The same between a model and prompt lookup, where what decides is seen in the text itself."""
-LOOKUP_MARGIN = 0.03
-"""As `MARGIN`, for a move from a model to prompt lookup: it costs no reading, and is as soon undone."""
 TRIAL_COMMITS = 16
 """The same for a session that tries a worker."""
 SOON_COMMITS = 8
@@ -151,8 +149,7 @@ class Policy:
         rates = {c.instance: self._after_move(asked, c, now, 0.0) for c in open_to_all}
         best = min(open_to_all, key=lambda c: _order(rates[c.instance] / asked.plain, c))
         rate = rates[best.instance]
-        to_lookup = best.figures.modelless and not current.figures.modelless
-        if rate <= stay * (1 + (LOOKUP_MARGIN if to_lookup else MARGIN)):
+        if rate <= stay * (1 + MARGIN):
             return None
         why = f"faster than {current.instance}: {rate / asked.plain:.2f}x instead of {stay / asked.plain:.2f}x"
         return Choice(best.instance, rate, asked.plain, why)
