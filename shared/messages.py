@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shared.fields import Array, Range
 from shared.sampling.params import SamplingParams
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_CONTEXT = 1 << 20
 MAX_RUN = 64
@@ -324,7 +324,8 @@ class Proposal:
     confidence: how sure the draft is that the target says the same, for each token (`shared/sampling/drafting.py`). The
     q arrays are empty except under rejection sampling: the
     sparse distributions that the tokens were drawn from, q_counts[i] entries for token i.
-    prefill_us, decode_us: the engine time that this run cost, for statistics.
+    prefill_us, decode_us: the engine time that this run cost, for statistics. n_prefilled: tokens that were read in
+    prefill_us; what a cache still held is not among them.
     """
 
     session: U64
@@ -337,6 +338,7 @@ class Proposal:
     q_probs: DraftProbs = field(default_factory=lambda: _NO_FLOATS)
     prefill_us: Micros = 0
     decode_us: Micros = 0
+    n_prefilled: U32 = 0
 
 
 @dataclass(frozen=True, slots=True)

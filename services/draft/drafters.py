@@ -232,6 +232,7 @@ def _count(session: DraftSession, n_tokens: int, spent: int) -> None:
     # After a rollback or an accepted run one or two tokens are fed at once; more are a prompt.
     if n_tokens > session.window:
         session.cost.prefill_us += spent
+        session.cost.n_prefilled += n_tokens
     else:
         session.cost.decode_us += spent
 

@@ -61,8 +61,8 @@ class Assignment:
                 self._worker.drafted(n_tokens, proposal.decode_us / 1e6, load, now)
             if received.continued and self._arrived_at is not None:
                 self._worker.arrived(n_tokens, now - self._arrived_at, load, now)
-        elif proposal.prefill_us and self.n_opened > self._window:
-            self._worker.prefilled(self.n_opened, proposal.prefill_us / 1e6, now)
+        elif proposal.prefill_us and (n_read := min(proposal.n_prefilled, self.n_opened)) > self._window:
+            self._worker.prefilled(n_read, proposal.prefill_us / 1e6, now)  # the rest its cache still held
         self.answered = True
         self._reading = 0
         self._arrived_at = now if self._has_room() else None

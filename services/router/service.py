@@ -396,7 +396,9 @@ class RouterService(Service):
     def _asked(self, session: Session, now: float) -> Asked:
         """A session as the policy sees it."""
         verifier, n_tokens = session.verifier, len(session.tokens)
-        if session.figures.lookup is None and any(r.peer and r.hello.engine == "ngram" for r in self._workers):
+        open_to_all = session.request.speculation.draft == "auto"
+        looking_up = open_to_all and any(r.peer and r.figures.looks_up for r in self._workers)
+        if session.figures.lookup is None and looking_up:
             session.figures.lookup = LookupFigures(session.tokens)
         others = min(len(verifier.sessions), max(1, verifier.hello.n_slots)) - 1
         hidden_s = 0.0
@@ -459,10 +461,10 @@ class RouterService(Service):
         session.held_against_lookup()
         on_trial = session.choice is not None and session.choice.trial
         if session.draft is None or session.figures.lookup is None or on_trial:
-            return
+            return  # without one it is given the best as soon as there is one; a trial is to end
         now = time.monotonic()
         current = self._workers[session.draft.hello.instance].candidate(session.id)
-        others = [c for c in self._candidates(session) if c.figures.modelless != current.figures.modelless]
+        others = [c for c in self._candidates(session) if c.figures.looks_up != current.figures.looks_up]
         self._move(session, current, others, now)
 
     def _move(self, session: Session, current: Candidate, candidates: Sequence[Candidate], now: float) -> None:
@@ -474,6 +476,7 @@ class RouterService(Service):
             )
             self._take_away(session)
             session.n_moves += 1
+            session.n_lookup_moves += self._workers[choice.instance].figures.looks_up != current.figures.looks_up
             self._give(session, choice, now)
             self._assign_waiting()
 

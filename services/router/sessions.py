@@ -27,7 +27,7 @@ class Session:
 
     draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. refused: by these
     instances, until it is considered again. review_in: commits until its worker is considered again; lookup_in: until
-    it is held against prompt lookup.
+    it is held against prompt lookup. n_moves: all its moves, n_lookup_moves: those between a model and prompt lookup.
     """
 
     id: int
@@ -44,6 +44,7 @@ class Session:
     review_in: int = REVIEW_COMMITS
     lookup_in: int = LOOKUP_COMMITS
     n_moves: int = 0
+    n_lookup_moves: int = 0
     last_worker: str = ""
     worker_changes: int = 0
     n_drafted: int = 0
@@ -62,12 +63,13 @@ class Session:
 
     def reviewed(self) -> None:
         """Its worker was considered just now."""
-        usual = min(MOST_REVIEW_COMMITS, REVIEW_COMMITS << min(self.n_moves, 10))
+        usual = min(MOST_REVIEW_COMMITS, REVIEW_COMMITS << min(self.n_moves - self.n_lookup_moves, 10))
         self.review_in = TRIAL_COMMITS if self.choice is not None and self.choice.trial else usual
         self.held_against_lookup()
 
     def held_against_lookup(self) -> None:
-        self.lookup_in = min(MOST_REVIEW_COMMITS, LOOKUP_COMMITS << min(self.n_moves, 10))
+        """A model and prompt lookup were compared for it just now."""
+        self.lookup_in = min(MOST_REVIEW_COMMITS, LOOKUP_COMMITS << min(self.n_lookup_moves, 10))
 
     def review_soon(self) -> None:
         """Other workers have become better, or its own has become worse."""

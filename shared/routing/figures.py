@@ -116,6 +116,11 @@ class WorkerFigures:
     def modelless(self) -> bool:
         return self.engine in MODELLESS
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether it drafts by prompt lookup."""
+        return self.engine == "ngram"
+
     def drafted(self, n_tokens: int, seconds: float, load: int, now: float) -> None:
         """A proposal of so many tokens says that they took so long."""
         self._reported.observe(seconds / n_tokens, n_tokens, load, now)

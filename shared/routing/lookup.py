@@ -13,30 +13,34 @@ from dataclasses import dataclass
 
 from shared.engine.ngram import NgramIndex
 
-_PIECE = 1024
-"""Tokens that are read at once: 5 ms at most."""
+_PIECE = 512
+"""Tokens that are read at once, in 1 to 3 ms."""
 _MOST_PROMPT = 8192
 """Tokens of a prompt that are read, its last ones; what is further back is repeated less."""
 _FORETOLD = 128
 """Tokens at the end of the prompt that are looked up, in what comes before them."""
 _MOST_FORETOLD = 10.0
 """As how many positions of the text they count."""
-_FADE = 0.95
-"""Of old positions, for each new one: about the last twenty count."""
+_FADE = 0.97
+"""Of old positions, for each new one: about the last thirty count."""
+_SLOW_FADE = 0.99
+"""The same of what a worker is held against: about the last hundred."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookupShares:
     """coverage: the share of positions where there was something to propose. first: how often that was right. further:
-    how often it was, where it had been at the position before. weight: how many positions stand behind it."""
+    how often it was, where it had been at the position before. weight: how many positions stand behind it. lasting: how
+    often what there was to propose was right, over a longer time."""
 
     coverage: float
     first: float
     further: float
     weight: float
+    lasting: float
 
 
-PRIOR = LookupShares(0.5, 0.4, 0.7, 2.0)
+PRIOR = LookupShares(0.5, 0.4, 0.7, 2.0, 0.4)
 """Before anything was looked up: code and prose of a session of average repetition. This, the fading and the weight of
 the prompt were chosen by log-loss (docs/measuring.md)."""
 
@@ -52,6 +56,7 @@ class LookupFigures:
         self._index = NgramIndex()
         self._waiting = list(prompt[-_MOST_PROMPT:])
         self._positions = self._covered = self._right = self._after_right = self._right_again = 0.0
+        self._lasting_covered = self._lasting_right = 0.0
         self._was_right = False
         self._read()
 
@@ -65,12 +70,14 @@ class LookupFigures:
 
     def _read(self) -> None:
         """The next piece of the prompt."""
-        piece = self._waiting[:_PIECE]
-        del self._waiting[:_PIECE]
+        left = len(self._waiting)
+        piece = self._waiting[: _PIECE if left <= _PIECE else min(_PIECE, left - _FORETOLD)]
+        del self._waiting[: len(piece)]
         if self._waiting:
             self._index.extend(piece)
             return
-        read = max(len(piece) - _FORETOLD, len(piece) // 2)
+        # Of a short prompt the first half is what there is to look up in.
+        read = max(len(piece) - _FORETOLD, 0 if len(self._index) else len(piece) // 2)
         self._index.extend(piece[:read])
         self._foretell(piece[read:])
         share = min(1.0, _MOST_FORETOLD / self._positions) if self._positions else 0.0
@@ -93,6 +100,8 @@ class LookupFigures:
         self._right = self._right * _FADE + right
         self._after_right = self._after_right * _FADE + (self._was_right and covered)
         self._right_again = self._right_again * _FADE + (self._was_right and right)
+        self._lasting_covered = self._lasting_covered * _SLOW_FADE + covered
+        self._lasting_right = self._lasting_right * _SLOW_FADE + right
         self._was_right = right
 
     def shares(self, prior: LookupShares = PRIOR) -> LookupShares:
@@ -103,4 +112,5 @@ class LookupFigures:
             (self._right + w * prior.coverage * prior.first) / (self._covered + w * prior.coverage),
             (self._right_again + w * prior.coverage * prior.further) / (self._after_right + w * prior.coverage),
             self._positions,
+            (self._lasting_right + w * prior.coverage * prior.lasting) / (self._lasting_covered + w * prior.coverage),
         )

@@ -131,7 +131,8 @@ class Policy:
     def again(self, asked: Asked, current: Candidate, candidates: Sequence[Candidate], now: float) -> Choice | None:
         """The worker that a session should move to; None: it should stay.
 
-        A move costs the reading of the session's tokens, during which it decodes plainly. A worker that nothing is
+        A move costs the reading of the session's tokens, during which it decodes plainly; one from a model to prompt
+        lookup costs it when the session comes back. A worker that nothing is
         known of gets one session first.
         """
         if asked.wanted != "auto":
@@ -147,6 +148,13 @@ class Policy:
         if not open_to_all:
             return None
         rates = {c.instance: self._after_move(asked, c, now, 0.0) for c in open_to_all}
+        if not current.figures.looks_up:
+            # The text may not be a copy for long: the way back, which is the reading of it, counts too.
+            back_s = current.figures.prefill_s(asked.n_tokens, now)
+            for c in open_to_all:
+                if c.figures.looks_up:
+                    left = min(MOST_TOKENS_LEFT, asked.tokens_left)
+                    rates[c.instance] = after_prefill(rates[c.instance], asked.plain, back_s, left)
         best = min(open_to_all, key=lambda c: _order(rates[c.instance] / asked.plain, c))
         rate = rates[best.instance]
         if rate <= stay * (1 + MARGIN):
@@ -164,12 +172,12 @@ class Policy:
         load = candidate.n_others + 1
         rtt_s = (figures.rtt_s or 0.0) + asked.target_rtt_s
         token_s = figures.token_s(load, now)
-        if figures.engine == "ngram":
+        if figures.looks_up:
             lookup = asked.figures.lookup
             shares = PRIOR if lookup is None else lookup.shares()
-            # What the shadow says, unless the worker's own proposals were worse.
-            shown = asked.figures.acceptance(candidate.instance, shares.further, 0.0, now)
-            kept = min(1.0, shown / shares.further)
+            # What the shadow says, unless the worker's own proposals were worse than the shadow's.
+            shown = asked.figures.acceptance(candidate.instance, shares.lasting, 0.0, now)
+            kept = min(1.0, shown / shares.lasting)
             first = kept * shares.first
             return Drafting(token_s, rtt_s, (first, first * kept * shares.further), shares.coverage)
         acceptance = asked.figures.acceptance(candidate.instance, figures.acceptance(now), asked.ease, now)

@@ -23,10 +23,11 @@ left the speed as it was; this saved 40 % of the drafting (docs/measuring.md).""
 
 @dataclass(slots=True)
 class Cost:
-    """Engine time that no proposal has reported yet, in microseconds."""
+    """Engine time that no proposal has reported yet, in microseconds. n_prefilled: tokens read in prefill_us."""
 
     prefill_us: int = 0
     decode_us: int = 0
+    n_prefilled: int = 0
 
 
 class LostCommit(Exception):
@@ -110,6 +111,7 @@ class DraftSession:
             np.concatenate([d.q_probs for d in with_q]) if with_q else np.empty(0, np.float32),
             self.cost.prefill_us,
             self.cost.decode_us,
+            self.cost.n_prefilled,
         )
         self.cost = Cost()
         return message

@@ -523,6 +523,7 @@ def test_the_engine_time_is_reported() -> None:
     harness.run()
     first, *later = [message for message in harness.sent if isinstance(message, Proposal)]
     assert first.prefill_us > 0
+    assert first.n_prefilled == 20
     assert first.decode_us == 0
     assert all(message.prefill_us == 0 for message in later)
     assert (session.cost.prefill_us, session.cost.decode_us) == (0, 0)

@@ -178,12 +178,12 @@ def test_only_the_lost_end_is_sent_again() -> None:
 def test_a_proposal_reports_its_cost_once() -> None:
     """Engine time travels with the next proposal and is then spent; a repetition costs nothing."""
     session = opened()
-    session.cost.prefill_us, session.cost.decode_us = 70, 5
+    session.cost.prefill_us, session.cost.decode_us, session.cost.n_prefilled = 70, 5, 3
     draft(session, 1)
     first = session.proposal(3)
-    assert (first.prefill_us, first.decode_us) == (70, 5)
+    assert (first.prefill_us, first.decode_us, first.n_prefilled) == (70, 5, 3)
     again = session.proposal(3)
-    assert (again.prefill_us, again.decode_us) == (0, 0)
+    assert (again.prefill_us, again.decode_us, again.n_prefilled) == (0, 0, 0)
     assert (again.tokens, again.confidence) == ((1,), (0.9,))
 
 

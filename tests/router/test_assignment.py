@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from services.router.assignment import Assignment
 from shared.messages import Commit, Proposal
 from shared.prefix import TokenPrefix
@@ -147,9 +149,24 @@ def test_the_spacing_of_arrivals_counts_while_nothing_holds_the_worker_up() -> N
 def test_prefill_is_learned_from_the_first_proposal_alone() -> None:
     figures, work = WorkerFigures("ik"), None
     work = Assignment(figures, len(PROMPT), WINDOW, 0, (), 0.0)
-    work.propose(proposal(PROMPT, 7, prefill_us=500_000), 1, 1.0)
+    work.propose(proposal(PROMPT, 7, prefill_us=500_000, n_prefilled=len(PROMPT)), 1, 1.0)
     before = figures.prefill_s(1000, 1.0)
-    work.propose(proposal([*PROMPT, 7], 7, prefill_us=900_000), 1, 2.0)
+    work.propose(proposal([*PROMPT, 7], 7, prefill_us=900_000, n_prefilled=len(PROMPT)), 1, 2.0)
     assert figures.has_prefilled()
     assert before > 2
     assert abs(figures.prefill_s(1000, 1.0) - before) < 0.1
+
+
+def test_what_a_cache_still_held_was_not_read() -> None:
+    """A worker that gets a session back reads its end alone: that says what a token costs, not what the session does;
+    nor can it have read more than it was given."""
+    figures = WorkerFigures("ik")
+    Assignment(figures, 20_000, 32, 0, (), 0.0).propose(
+        Proposal(1, 20_000, 5, (7,), prefill_us=20_000_000, n_prefilled=20_000), 1, 20.0
+    )
+    before = figures.prefill_s(20_000, 20.0)
+    for n_prefilled in (150, 20, 10**6):
+        Assignment(figures, 20_000, 32, 0, (), 30.0).propose(
+            Proposal(1, 20_000, 5, (7,), prefill_us=1000 * min(n_prefilled, 20_000), n_prefilled=n_prefilled), 1, 31.0
+        )
+    assert figures.prefill_s(20_000, 31.0) == pytest.approx(before, rel=0.02)

@@ -24,7 +24,7 @@ from tools.supervisor import read_gateway_file
 pytestmark = pytest.mark.pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 240
+TIMEOUT_S = 200
 SERVICES = {"sampler", "tokenizer", "router", "verifier", "draft model", "gateway"}
 
 

@@ -38,7 +38,12 @@ def offered(seed: int, workers: list[np.ndarray], controller: LengthController |
         drafted = draft(params, row, PROMPT, len(PROMPT))
         run, count = (drafted.token,), (len(drafted.q_ids),)
         target.offer(
-            Proposal(1, len(PROMPT), prefix_hash, run, q_counts=count, q_ids=drafted.q_ids, q_probs=drafted.q_probs)
+            Proposal(
+                *(1, len(PROMPT), prefix_hash, run, (float(drafted.confidence),)),
+                q_counts=count,
+                q_ids=drafted.q_ids,
+                q_probs=drafted.q_probs,
+            )
         )
     return target
 
