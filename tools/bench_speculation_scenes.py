@@ -18,7 +18,7 @@ from shared.sampling.params import SamplingParams
 from shared.settings import DrafterKind, DraftSettings, Settings, load_settings
 
 PolicyKind = Literal["plain", "adaptive", "fixed", "sequential"]
-POLICY_FORMS = "plain, adaptive[:N], fixed:N or sequential:N:P"
+POLICY_FORMS = "plain, adaptive[:N], fixed:N or sequential:N:P[+greedy]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def parse_policy(text: str) -> Policy:
     except (KeyError, ValueError):
         raise SettingsError(
             f"{text!r} is no policy",
-            f"{POLICY_FORMS}; then @WORKER to name one, +rejection for that rule, +greedy for such drafts",
+            f"{POLICY_FORMS}; then @WORKER to name one, +rejection for that rule",
         ) from None
     if numbers and not 1 <= n_max <= MAX_RUN:
         raise SettingsError(f"policy {text!r}: {n_max} proposals", f"from 1 to {MAX_RUN}")

@@ -278,7 +278,7 @@ def bench_speculation_command(
     what there is.
 
     \b
-    Policies, each with @WORKER to say who drafts, or +rejection for that acceptance rule:
+    Policies, each with @WORKER to say who drafts; the pipeline's with +rejection for that acceptance rule:
       plain             no speculation
       adaptive[:N]      the pipeline chooses how many proposals a step verifies, up to N
       fixed:N           it verifies all that are there, up to N
