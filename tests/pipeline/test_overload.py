@@ -38,7 +38,7 @@ def fleet() -> Iterator[Fleet]:
         "verifier.engine.engine=emulated",
         "verifier.engine.inner=numpy",
         "verifier.engine.model=embedded:draft",
-        "verifier.engine.pace.first_row_ms=8",
+        "verifier.engine.pace.first_row_ms=25",
         "verifier.engine.pace.further_row_ms=1",
         "verifier.engine.pace.prefill_per_second=100000",
         f"verifier.engine.n_slots={N_SLOTS}",
@@ -62,8 +62,8 @@ def test_three_times_as_many_as_slots_all_finish(fleet: Fleet, prompts: list[str
 
 def test_beyond_the_bound_there_is_a_clear_refusal(fleet: Fleet, prompts: list[str]) -> None:
     """With all slots and all places to wait taken, a request is told so, and when to come back; the others finish."""
-    running = [fleet.stream(prompt, temperature=0, n_predict=LONG) for prompt in prompts[:N_SLOTS]]
-    heads = [next(events) for events in running]  # their slots are taken
+    running = [fleet.stream(prompt, temperature=0, n_predict=LONG, draft="none") for prompt in prompts[:N_SLOTS]]
+    heads = [next(events) for events in running]  # their slots are taken, for LONG steps
     with ThreadPoolExecutor(N_WAITING) as pool:
         waiting = [pool.submit(fleet.complete, prompts[N_SLOTS + i], temperature=0) for i in range(N_WAITING)]
         wait_until(lambda: fleet.status().n_sessions == N_SLOTS + N_WAITING)

@@ -53,7 +53,7 @@ def test_a_prompt_that_ends_as_a_copy_is_recognized(n: int) -> None:
         while figures.shares().weight < 9:
             figures.commit(text[at : at + 1])
             at += 1
-        assert at <= 8192 / 512
+        assert at <= 8192 / 1024
     assert min(astuple(copying.shares())[:3]) > 0.75
     assert writing.shares().coverage < 0.2
     read(copying, other[:60])
@@ -82,4 +82,4 @@ def test_a_long_prompt_is_read_in_pieces() -> None:
     while figures.shares().weight == 0:
         figures.commit((1,))
         calls += 1
-    assert 8192 / 512 <= calls <= 8192 / 512 + 1
+    assert 8192 / 1024 <= calls <= 8192 / 1024 + 1

@@ -20,6 +20,7 @@ import zmq
 
 from shared import wire
 from shared.messages import (
+    PROTOCOL_VERSION,
     Cancel,
     Decode,
     Decoded,
@@ -235,7 +236,7 @@ def test_a_malformed_message_is_refused_with_the_reason(start: Start, client: Cl
     errors = client.answers()
     assert len(errors) == 50
     assert {error.code for error in errors} == {"bad_message"}
-    assert "protocol version 1 instead of 2" in errors[0].message
+    assert f"protocol version 1 instead of {PROTOCOL_VERSION}" in errors[0].message
     assert errors[0].remedy
     line = process.logged("message_refused")
     assert (line["level"], line["link"]) == ("warning", "tiny")
