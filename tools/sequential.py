@@ -80,6 +80,7 @@ class SequentialDecoder:
 
         Errors: `EngineError` for a prompt that the context does not hold.
         """
+        drafting = replace(sampling, temperature=0.0) if self._greedy_drafts else sampling
         started = self._clock()
         tokens = list(prompt)
         # Both prompts come before the first token, so that the draft's is not charged to decoding.
@@ -98,7 +99,7 @@ class SequentialDecoder:
         while len(tokens) < end and tokens[-1] not in stop_tokens:
             began = self._clock()
             proposals, n_draft_cached, chosen = self._propose(
-                tokens, n_draft_cached, min(self._n_max, end - len(tokens) - 1), sampling, stop_tokens
+                tokens, n_draft_cached, min(self._n_max, end - len(tokens) - 1), drafting, stop_tokens
             )
             drafted = self._clock()
             chunk = Chunk(_SLOT, len(tokens) - 1, np.array([tokens[-1], *proposals], np.int32), len(proposals) + 1)
@@ -146,8 +147,6 @@ class SequentialDecoder:
         """Proposals for a round, how many positions the draft holds then, and how many tokens it has chosen."""
         sequence = tokens.copy()
         chosen = 0
-        if self._greedy_drafts:
-            sampling = replace(sampling, temperature=0.0)
         while len(sequence) - len(tokens) < n and (len(sequence) == len(tokens) or sequence[-1] not in stop_tokens):
             logits = self._draft.forward([Chunk(_SLOT, n_cached, np.array(sequence[n_cached:], np.int32), 1)])
             n_cached = len(sequence)

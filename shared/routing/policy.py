@@ -147,14 +147,12 @@ class Policy:
         ]
         if not open_to_all:
             return None
-        rates = {c.instance: self._after_move(asked, c, now, 0.0) for c in open_to_all}
-        if not current.figures.looks_up:
-            # The text may not be a copy for long: the way back, which is the reading of it, counts too.
-            back_s = current.figures.prefill_s(asked.n_tokens, now)
-            for c in open_to_all:
-                if c.figures.looks_up:
-                    left = min(MOST_TOKENS_LEFT, asked.tokens_left)
-                    rates[c.instance] = after_prefill(rates[c.instance], asked.plain, back_s, left)
+        # A text may not be a copy for long, so that the way back from lookup, which is the reading of it, counts too.
+        back_s = current.figures.prefill_s(asked.n_tokens, now)
+        rates = {
+            c.instance: self._after_move(asked, c, now, 0.0, back_s=back_s if c.figures.looks_up else 0.0)
+            for c in open_to_all
+        }
         best = min(open_to_all, key=lambda c: _order(rates[c.instance] / asked.plain, c))
         rate = rates[best.instance]
         if rate <= stay * (1 + MARGIN):
@@ -184,14 +182,23 @@ class Policy:
         return Drafting(token_s, rtt_s, (acceptance,))
 
     def _after_move(
-        self, asked: Asked, candidate: Candidate, now: float, hidden_s: float, *, hopeful: bool = False
+        self,
+        asked: Asked,
+        candidate: Candidate,
+        now: float,
+        hidden_s: float,
+        *,
+        back_s: float = 0.0,
+        hopeful: bool = False,
     ) -> float:
+        """Tokens a second with a worker that has to read the session first. hidden_s: of that, what costs nothing.
+        back_s: what reading costs when the session comes back."""
         drafting = self.drafting(asked, candidate, now)
         if hopeful:
             token_s, acceptance = candidate.figures.hopeful(now)
             drafting = Drafting(token_s, drafting.rtt_s, (acceptance,), drafting.coverage)
         rate = expected_rate(asked.step, drafting, asked.n_max)
-        prefill_s = max(0.0, candidate.figures.prefill_s(asked.n_tokens, now) - hidden_s)
+        prefill_s = max(0.0, candidate.figures.prefill_s(asked.n_tokens, now) - hidden_s) + back_s
         return after_prefill(rate, asked.plain, prefill_s, min(MOST_TOKENS_LEFT, asked.tokens_left))
 
 

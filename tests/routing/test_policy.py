@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -248,6 +249,16 @@ def test_lookup_takes_over_where_text_is_copied() -> None:
     choice = policy().again(writing, lookup, [model, lookup], NOW)
     assert choice is not None
     assert choice.instance == "model"
+
+
+def test_the_way_back_from_lookup_is_counted() -> None:
+    """A long text that the model takes minutes to read again stays with it, though it is being copied."""
+    chance = random.Random(8)
+    page = [chance.randrange(8000) for _ in range(600)]
+    copying = with_text(page, page[:300])
+    model, lookup = worker("model", 0.02, 0.7), worker("lookup", engine="ngram", slots=256)
+    assert policy().again(replace(copying, n_tokens=1000), model, [model, lookup], NOW) is not None
+    assert policy().again(replace(copying, n_tokens=10**6), model, [model, lookup], NOW) is None
 
 
 def test_a_lookup_worker_that_does_not_look_up_is_found_out() -> None:
