@@ -6,6 +6,7 @@ Invariant: a `Settings` is complete and valid; whoever holds one need not check 
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ else:
     import tomli as tomllib
 
 ENVIRONMENT_PREFIX = "DRAFTWIRE_"
+NO_SETTINGS = ("DRAFTWIRE_CONFIG", "DRAFTWIRE_API_KEY")
+"""Variables with the prefix that are options of commands."""
 DrafterKind = Literal["model", "ngram", "garbage"]
 
 
@@ -40,6 +43,8 @@ def default_run_dir() -> Path:
 class GatewaySettings:
     """host, port: where HTTP is served; port 0 takes a free one. max_requests: generations in progress at a time.
     max_body_bytes: of a request. request_timeout_s: longest wait for the next token before the client gets an error.
+    api_keys: file of the keys that may ask (`shared/api_keys.py`); empty: nobody needs one. tls_cert, tls_key: PEM
+    files, read once at the start; empty: plain HTTP. forwarded: believe X-Forwarded-For of a proxy on loopback.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +52,22 @@ class GatewaySettings:
     max_requests: Annotated[int, Range(1, 10_000)] = 64
     max_body_bytes: Annotated[int, Range(1024, 1 << 30)] = 8 << 20
     request_timeout_s: Annotated[float, Range(1, 86_400)] = 600.0
+    api_keys: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    forwarded: bool = False
+
+    def is_open(self, address: str, insecure: bool) -> bool:
+        """Whether the network reaches this address; errors: `SettingsError` where it must not without keys."""
+        if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            return False
+        if not self.api_keys and not insecure:
+            raise SettingsError(
+                f"gateway.host: {self.host} is open to the network, and anybody could ask without a key",
+                "make keys with `draftwire api-keys add NAME --file FILE` and set gateway.api_keys to that file, or "
+                "serve at 127.0.0.1; network.insecure = true opens it to everybody",
+            )
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +126,13 @@ class Endpoints:
 
 
 @dataclass(frozen=True, slots=True)
+class NetworkSettings:
+    """insecure: let sockets that are open to the network start without keys; warns at every start."""
+
+    insecure: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything a host's services need. draft: a table per draft worker, [draft.NAME]; none: one named "model".
     trace_dir: where each process writes its trace when it ends (`shared/trace.py`); empty: no trace.
@@ -115,6 +143,7 @@ class Settings:
     trace_dir: str = ""
     drain_s: Annotated[float, Range(0, 3600)] = 10.0
     endpoints: Endpoints = field(default_factory=Endpoints)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     router: RouterSettings = field(default_factory=RouterSettings)
     verifier: VerifierSettings = field(default_factory=VerifierSettings)
@@ -168,7 +197,7 @@ def load_settings(
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise SettingsError(f"{path} is not valid TOML: {error}") from None
     for name, text in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and name != f"{ENVIRONMENT_PREFIX}CONFIG":
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NO_SETTINGS:
             keys = name[len(ENVIRONMENT_PREFIX) :].lower().split("__")
             _set(table, keys, text, name)
     for override in overrides:

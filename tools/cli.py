@@ -17,8 +17,20 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from shared.errors import DraftwireError, ModelError, SettingsError
+from tools.cli_api_keys import api_keys_app
 from tools.cli_bench import bench_app
-from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, settings_of
+from tools.cli_options import (
+    CONTEXT,
+    ApiKeyFileOption,
+    ApiKeyOption,
+    CacertOption,
+    ConfigOption,
+    RunDirOption,
+    SetOption,
+    all_overrides,
+    credentials_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -34,6 +46,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(api_keys_app, name="api-keys")
 
 
 def _print_version(wanted: bool) -> None:
@@ -177,6 +190,9 @@ def generate(
         bool, typer.Option("--json", help="Print the gateway's answer as JSON, when it is whole.")
     ] = False,
     url: Annotated[str, typer.Option("--url", metavar="URL", help="A gateway elsewhere, e.g. http://box:8080.")] = "",
+    api_key: ApiKeyOption = "",
+    api_key_file: ApiKeyFileOption = None,
+    cacert: CacertOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
@@ -190,6 +206,7 @@ def generate(
       draftwire generate "def fibonacci(n):" --temperature 0
       draftwire generate "def fibonacci(n):" --seed 7 --marks
       draftwire generate - --draft none --json < prompt.txt
+      draftwire generate "def f(" --url https://box:8080 --cacert box.pem --api-key-file ~/.config/draftwire-key
     """
     from tools.generate import GenerateOptions, run_generate
 
@@ -207,7 +224,14 @@ def generate(
         draft=draft,
         acceptance=acceptance,
     )
-    run_generate(settings_of(config, overrides, run_dir), options, url=url, marks=marks, as_json=as_json)
+    run_generate(
+        settings_of(config, overrides, run_dir),
+        options,
+        url=url,
+        marks=marks,
+        as_json=as_json,
+        credentials=credentials_of(api_key, api_key_file, cacert),
+    )
 
 
 @app.command("workers")
