@@ -180,23 +180,21 @@ def format_time(time: datetime) -> str:
 def read_keys(path: Path) -> dict[str, ApiKey]:
     """The keys by name. Errors: `SettingsError`, also for a file that others can write."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            _check_trusted(path, os.fstat(file.fileno()))
+            data = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
         raise SettingsError(f"no file of API keys {path}", f"draftwire api-keys add NAME --file {path}") from None
     except OSError as error:
         remedy = f"chgrp it to this user's group and chmod 640 {path}" if isinstance(error, PermissionError) else ""
         raise SettingsError(f"cannot read {path}: {error.strerror}", remedy) from None
-    with open(descriptor, "rb") as file:
-        _check_trusted(path, os.fstat(descriptor))
-        try:
-            data = file.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise SettingsError(f"{path} is larger than {MAX_FILE_BYTES} bytes", "is it the file of API keys?")
-            return parse_keys(data.decode(), str(path))
-        except UnicodeDecodeError:
-            raise SettingsError(f"{path} is no text", "is it the file of API keys?") from None
-        except OSError as error:
-            raise SettingsError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > MAX_FILE_BYTES:
+        raise SettingsError(f"{path} is larger than {MAX_FILE_BYTES} bytes", "is it the file of API keys?")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path} is no text", "is it the file of API keys?") from None
+    return parse_keys(text, str(path))
 
 
 def _check_trusted(path: Path, status: os.stat_result) -> None:

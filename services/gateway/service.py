@@ -71,6 +71,9 @@ LINGER_S = 60.0
 KEEP_ALIVE_S = 30
 ACCESS_EVERY_S = 1.0
 """How often the file of API keys is looked at, and refusals that are due are logged."""
+TLS_HANDSHAKE_S = 10.0
+TLS_GOODBYE_S = 1.0
+"""How long a client may take to begin and to end TLS; then its connection is cut."""
 _BACKLOG = 512
 _SEND_BUFFER = 128 << 10
 """Bytes of a response that the kernel keeps for a client; more would hide for long that it does not read."""
@@ -476,9 +479,27 @@ class _Server(uvicorn.Server):
             timeout_keep_alive=KEEP_ALIVE_S,
             backlog=_BACKLOG,
         )
-        config.load()
-        config.ssl = tls
         super().__init__(config)
+        self._tls_options: dict[str, Any] = {}
+        if tls is not None:
+            self._tls_options = {
+                "ssl": tls,
+                "ssl_handshake_timeout": TLS_HANDSHAKE_S,
+                "ssl_shutdown_timeout": TLS_GOODBYE_S,
+            }
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own servers would wait 30 s for a TLS client to say goodbye, and the drain with them."""
+        await super().startup(sockets=[])
+        protocol: Any = self.config.http_protocol_class
+        for sock in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                lambda: protocol(self.config, self.server_state, self.lifespan.state),
+                sock=sock,
+                backlog=_BACKLOG,
+                **self._tls_options,
+            )
+            self.servers.append(server)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
