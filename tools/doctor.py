@@ -337,11 +337,11 @@ def _check_port(settings: Settings, running: bool) -> Finding:
                 return Finding(name, "OK", f"{own.url}, our gateway answers")
         except DraftwireError as error:
             return _failed(name, error, "WARN")
-    if port == 0:
-        return Finding(name, "OK", "any free one")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         settings.gateway.is_open(str(address[0]), settings.network.insecure)
+        if port == 0:
+            return Finding(name, "OK", "any free one")
         with socket.socket(family, kind) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
