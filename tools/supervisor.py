@@ -403,6 +403,8 @@ class Supervisor:
             return
         path = self.settings.run_path
         where = "" if path == default_run_dir() else f" --run-dir {shlex.quote(str(path))}"
+        if self.settings.gateway.api_keys:
+            where += " --api-key-file FILE"
         self._say(f"ready after {seconds:.1f} s: {address.url}")
         self._say(f"try: draftwire generate{where} 'def main():'")
 
