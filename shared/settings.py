@@ -31,6 +31,8 @@ ENVIRONMENT_PREFIX = "DRAFTWIRE_"
 CONFIG_PATH = Path("/etc/draftwire/draftwire.toml")
 """Where the `draftwire` command looks for a host's configuration if none is given."""
 KEY_DIR = Path("/etc/draftwire/keys")
+NO_SETTINGS = ("DRAFTWIRE_CONFIG", "DRAFTWIRE_API_KEY")
+"""Variables with the prefix that are options of commands."""
 DrafterKind = Literal["model", "ngram", "garbage"]
 
 
@@ -44,6 +46,8 @@ def default_run_dir() -> Path:
 class GatewaySettings:
     """host, port: where HTTP is served; port 0 takes a free one. max_requests: generations in progress at a time.
     max_body_bytes: of a request. request_timeout_s: longest wait for the next token before the client gets an error.
+    api_keys: file of the keys that may ask (`shared/api_keys.py`); empty: nobody needs one. tls_cert, tls_key: PEM
+    files, read once at the start; empty: plain HTTP. forwarded: believe X-Forwarded-For of a proxy on loopback.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +55,22 @@ class GatewaySettings:
     max_requests: Annotated[int, Range(1, 10_000), LIVE] = 64
     max_body_bytes: Annotated[int, Range(1024, 1 << 30), LIVE] = 8 << 20
     request_timeout_s: Annotated[float, Range(1, 86_400), LIVE] = 600.0
+    api_keys: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    forwarded: bool = False
+
+    def is_open(self, address: str, insecure: bool) -> bool:
+        """Whether the network reaches this address; errors: `SettingsError` where it must not without keys."""
+        if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            return False
+        if not self.api_keys and not insecure:
+            raise SettingsError(
+                f"gateway.host: {self.host} is open to the network, and anybody could ask without a key",
+                "make keys with `draftwire api-keys add NAME --file FILE` and set gateway.api_keys to that file, or "
+                "serve at 127.0.0.1; network.insecure = true opens it to everybody",
+            )
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +222,7 @@ def load_effective(
     for file in files:
         layers.merge(_read(file), str(file))
     for name, text in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and name != f"{ENVIRONMENT_PREFIX}CONFIG":
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NO_SETTINGS:
             layers.set(name[len(ENVIRONMENT_PREFIX) :].lower().split("__"), text, name)
     for override in overrides:
         key, separator, text = override.partition("=")

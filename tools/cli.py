@@ -17,10 +17,23 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from shared.errors import DraftwireError, ModelError, SettingsError
+from tools.cli_api_keys import api_keys_app
 from tools.cli_bench import bench_app
 from tools.cli_config import config_app
 from tools.cli_keys import keys_app
-from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, config_path, settings_of
+from tools.cli_options import (
+    CONTEXT,
+    ApiKeyFileOption,
+    ApiKeyOption,
+    CacertOption,
+    ConfigOption,
+    RunDirOption,
+    SetOption,
+    all_overrides,
+    config_path,
+    credentials_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -38,6 +51,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
+app.add_typer(api_keys_app, name="api-keys")
 
 
 def _print_version(wanted: bool) -> None:
@@ -184,6 +198,9 @@ def generate(
         bool, typer.Option("--json", help="Print the gateway's answer as JSON, when it is whole.")
     ] = False,
     url: Annotated[str, typer.Option("--url", metavar="URL", help="A gateway elsewhere, e.g. http://box:8080.")] = "",
+    api_key: ApiKeyOption = "",
+    api_key_file: ApiKeyFileOption = None,
+    cacert: CacertOption = None,
     config: ConfigOption = None,
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
@@ -197,6 +214,7 @@ def generate(
       draftwire generate "def fibonacci(n):" --temperature 0
       draftwire generate "def fibonacci(n):" --seed 7 --marks
       draftwire generate - --draft none --json < prompt.txt
+      draftwire generate "def f(" --url https://box:8080 --cacert box.pem --api-key-file ~/.config/draftwire-key
     """
     from tools.generate import GenerateOptions, run_generate
 
@@ -214,7 +232,14 @@ def generate(
         draft=draft,
         acceptance=acceptance,
     )
-    run_generate(settings_of(config, overrides, run_dir), options, url=url, marks=marks, as_json=as_json)
+    run_generate(
+        settings_of(config, overrides, run_dir),
+        options,
+        url=url,
+        marks=marks,
+        as_json=as_json,
+        credentials=credentials_of(api_key, api_key_file, cacert),
+    )
 
 
 @app.command("workers")

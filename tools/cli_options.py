@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from shared.settings import Settings
+    from tools.fleet import Credentials
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -31,6 +32,41 @@ RunDirOption = Annotated[
     Path | None,
     typer.Option("--run-dir", metavar="DIR", help="Private directory of this fleet's sockets (the setting run_dir)."),
 ]
+
+
+ApiKeyOption = Annotated[
+    str,
+    typer.Option(
+        "--api-key",
+        envvar="DRAFTWIRE_API_KEY",
+        metavar="KEY",
+        help="The gateway's key for you. Others on this machine see it in the list of processes: rather a file.",
+    ),
+]
+ApiKeyFileOption = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="A file that holds the key and nothing else.")
+]
+CacertOption = Annotated[
+    Path | None,
+    typer.Option("--cacert", metavar="FILE", help="With --url https://: PEM file of an issuer to believe in."),
+]
+
+
+def credentials_of(api_key: str, api_key_file: Path | None, cacert: Path | None) -> Credentials:
+    """What these options say; a file wins over the variable. Errors: `SettingsError`."""
+    from shared.errors import SettingsError
+    from tools.fleet import Credentials
+
+    if api_key_file is not None:
+        try:
+            api_key = api_key_file.read_text("ascii").strip()
+        except OSError as error:
+            raise SettingsError(f"cannot read {api_key_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            api_key = ""
+        if not api_key or len(api_key.split()) > 1:
+            raise SettingsError(f"{api_key_file} does not hold one API key", "write the key there and nothing else")
+    return Credentials(api_key, cacert)
 
 
 def all_overrides(overrides: list[str] | None, run_dir: Path | None) -> list[str]:

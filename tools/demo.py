@@ -33,6 +33,7 @@ from tools.bench_speculation_scenes import Prompts, Scene
 from tools.fleet import Gateway, find_gateway, joined_workers
 from tools.generate import GenerateOptions, TextWriter, printable, wants_colour
 from tools.supervisor import Supervisor
+from tools.temporary import PRIVATE_GATEWAY
 
 BUNDLED_PROMPT = '''class Stack:
     """A last-in, first-out stack of items."""
@@ -123,8 +124,7 @@ def _changes(options: DemoOptions, run_dir: Path) -> list[str]:
     changes = [
         f'run_dir="{run_dir}"',
         "endpoints={}",
-        "gateway.port=0",
-        'gateway.host="127.0.0.1"',
+        *PRIVATE_GATEWAY,
         "drain_s=2",
         f'verifier.engine.engine="{options.engine}"',
     ]

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from shared.engine.interface import EngineSettings
-from shared.errors import DraftwireError
+from shared.errors import DraftwireError, SettingsError
 from shared.settings import Settings, load_settings
-from tools.fleet import Gateway, router_status
+from tools.fleet import open_gateway, router_status
 from tools.supervisor import read_gateway_file
 
 Level = Literal["OK", "INFO", "WARN", "FAIL"]
@@ -333,17 +333,20 @@ def _check_port(settings: Settings, running: bool) -> Finding:
         try:
             own = read_gateway_file(settings.run_path)
             if own is not None:
-                Gateway(f"http://{f'[{own[0]}]' if ':' in own[0] else own[0]}:{own[1]}", 5).get("/health")
-                return Finding(name, "OK", f"{own[0]}:{own[1]}, our gateway answers")
+                open_gateway(settings, 5).get("/health")
+                return Finding(name, "OK", f"{own.url}, our gateway answers")
         except DraftwireError as error:
             return _failed(name, error, "WARN")
-    if port == 0:
-        return Finding(name, "OK", "any free one")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        settings.gateway.is_open(str(address[0]), settings.network.insecure)
+        if port == 0:
+            return Finding(name, "OK", "any free one")
         with socket.socket(family, kind) as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
+    except SettingsError as error:
+        return _failed(name, error)
     except OSError as error:
         reason = error.strerror or str(error)
         return Finding(name, "FAIL", f"{host}:{port}: {reason}", "choose another with --set gateway.port=N (0: any)")

@@ -8,8 +8,11 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import ssl
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,7 +20,7 @@ from urllib.parse import urlsplit
 from shared.errors import DraftwireError, RequestError, SettingsError, WireError
 from shared.messages import Status
 from shared.settings import Settings
-from tools.supervisor import read_gateway_file
+from tools.supervisor import GatewayAddress, read_gateway_file
 
 _START_IT = "start one with `draftwire up`"
 
@@ -28,19 +31,48 @@ def find_gateway(settings: Settings, url: str = "") -> str:
     Raises:
         DraftwireError: no fleet runs there.
     """
-    if url:
-        return url
+    return url or _own_gateway(settings).url
+
+
+def _own_gateway(settings: Settings) -> GatewayAddress:
     address = read_gateway_file(settings.run_path)
     if address is None:
         raise DraftwireError(f"no gateway at {settings.run_path}", f"{_START_IT}, or give --url", "no_gateway")
-    host, port = address
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return address
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """What a client shows and whom it believes. api_key: empty where none is needed. cacert: a PEM file with the
+    issuers to believe in besides the system's.
+    """
+
+    api_key: str = ""
+    cacert: Path | None = None
+
+
+def open_gateway(
+    settings: Settings, timeout_s: float, url: str = "", credentials: Credentials | None = None
+) -> Gateway:
+    """A client of the gateway at a URL, else of the fleet in the run directory.
+
+    That one has left its certificate there, where nobody else can write: it is believed whoever issued it, and no
+    other is.
+
+    Raises:
+        DraftwireError: no fleet runs there; a URL, key or file is wrong.
+    """
+    given = credentials or Credentials()
+    if url:
+        return Gateway(url, timeout_s, api_key=given.api_key, cacert=given.cacert)
+    address = _own_gateway(settings)
+    return Gateway(address.url, timeout_s, api_key=given.api_key, certificate=address.certificate)
 
 
 def is_serving(settings: Settings) -> bool:
     """Whether the fleet's gateway says that it, and all it needs, is there."""
     try:
-        return bool(Gateway(find_gateway(settings), timeout_s=5).get("/health").get("status") == "ok")
+        return bool(open_gateway(settings, timeout_s=5).get("/health").get("status") == "ok")
     except (DraftwireError, AttributeError):
         return False
 
@@ -51,9 +83,16 @@ class Gateway:
     Args:
         url: "http://HOST:PORT", with an optional path before the gateway's own.
         timeout_s: longest silence before a call gives up.
+        cacert: a PEM file with issuers to believe in besides the system's.
+        certificate: the gateway's own as PEM, whatever name and issuer it has; any other is refused.
+
+    Raises:
+        SettingsError: the URL, the key or a file is wrong.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, timeout_s: float, *, api_key: str = "", cacert: Path | None = None, certificate: str = ""
+    ) -> None:
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -65,8 +104,12 @@ class Gateway:
         self._host = parts.hostname
         self._port = port
         self._path = parts.path.rstrip("/")
-        self._https = parts.scheme == "https"
         self._timeout_s = timeout_s
+        self._certificate = ssl.PEM_cert_to_DER_cert(certificate) if certificate else b""
+        self._tls = _client_context(cacert, certificate) if parts.scheme == "https" else None
+        if not all("!" <= c <= "~" for c in api_key):
+            raise SettingsError("the API key has characters that no key has", "give it as it was printed")
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def get(self, path: str) -> Any:
         """The JSON answer to a GET."""
@@ -84,11 +127,48 @@ class Gateway:
             yield from exchange.events()
 
     def connect(self) -> http.client.HTTPConnection:
-        kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
-        return kind(self._host, self._port, timeout=self._timeout_s)
+        if self._tls is None:
+            return http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
+        return _TlsConnection(self._host, self._port, self._timeout_s, self._tls, self._certificate)
+
+    @property
+    def encrypted(self) -> bool:
+        return self._tls is not None
 
     def target(self, path: str) -> str:
         return self._path + path
+
+
+def _client_context(cacert: Path | None, certificate: str) -> ssl.SSLContext:
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False  # it was made for the name that others use; `_TlsConnection` compares it whole
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # its issuer need not be known
+        context.load_verify_locations(cadata=certificate)
+    else:
+        context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if cacert is not None:
+        try:
+            context.load_verify_locations(cacert)
+        except ssl.SSLError:
+            raise SettingsError(f"--cacert: there is no certificate in {cacert}", "it must be a PEM file") from None
+        except OSError as error:
+            raise SettingsError(f"--cacert: cannot read {cacert}: {error.strerror}") from None
+    return context
+
+
+class _TlsConnection(http.client.HTTPSConnection):
+    """Says nothing to a server that has another certificate than the one given, if one is."""
+
+    def __init__(self, host: str, port: int | None, timeout_s: float, tls: ssl.SSLContext, certificate: bytes) -> None:
+        super().__init__(host, port, timeout=timeout_s, context=tls)
+        self._certificate = certificate
+
+    def connect(self) -> None:
+        super().connect()
+        if self._certificate and self.sock.getpeercert(binary_form=True) != self._certificate:
+            raise ssl.SSLCertVerificationError("it is not the one of this fleet")
 
 
 class _Exchange:
@@ -102,7 +182,11 @@ class _Exchange:
     def __enter__(self) -> _Exchange:
         method, path, body = self._request
         try:
-            self._connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+            headers = self._gateway.headers | ({"Content-Type": "application/json"} if body else {})
+            self._connection.request(method, path, body, headers)
+        except ssl.SSLError as error:
+            self._connection.close()
+            raise self._untrusted(error) from None
         except OSError as error:
             self._connection.close()
             reason = error.strerror or str(error)
@@ -156,12 +240,29 @@ class _Exchange:
                 f"the gateway at {self._gateway.url} ended the stream in the middle", "see its log", "stream_cut"
             )
 
+    def _untrusted(self, error: ssl.SSLError) -> DraftwireError:
+        url = self._gateway.url
+        if isinstance(error, ssl.SSLCertVerificationError):
+            reason = getattr(error, "verify_message", "") or str(error)
+            return DraftwireError(
+                f"the certificate of {url} is not to be trusted: {reason}",
+                "use the name that it was made for, and give the file of its issuer, or its own, with --cacert",
+                "bad_certificate",
+            )
+        return DraftwireError(f"no HTTPS at {url}: {error.reason or error}", "is it an http:// address?", "no_gateway")
+
     def _not_a_gateway(self) -> DraftwireError:
         return DraftwireError(f"what answers at {self._gateway.url} is no Draftwire gateway", "check --url")
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, TimeoutError):
             return DraftwireError(f"the gateway at {self._gateway.url} is silent", "see its log", "gateway_silent")
+        if isinstance(error, http.client.RemoteDisconnected) and not self._gateway.encrypted:
+            return DraftwireError(
+                f"the gateway at {self._gateway.url} has closed the connection",
+                "see its log; is it an https:// address?",
+                "gateway_lost",
+            )
         if isinstance(error, (OSError, http.client.HTTPException)):
             return DraftwireError(
                 f"lost the gateway at {self._gateway.url}: {error or type(error).__name__}",
@@ -178,7 +279,8 @@ def _error(status: int, raw: bytes) -> DraftwireError:
         message, code = str(error["message"]), str(error.get("code") or "http_error")
     except (ValueError, KeyError, TypeError, AttributeError):
         return DraftwireError(f"the gateway answered with HTTP status {status}", "check --url and the gateway's log")
-    return RequestError(message, code=code)
+    remedy = "give its file with --api-key-file, or set DRAFTWIRE_API_KEY" if status == 401 else ""
+    return RequestError(message, remedy, code)
 
 
 JOIN_TIMEOUT_S = 15.0

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from shared.errors import DraftwireError
 from shared.settings import Settings
-from tools.fleet import Gateway, find_gateway
+from tools.fleet import Credentials, open_gateway
 
 _ACCEPTED, _PLAIN = "\x1b[4;32m", "\x1b[0m"
 
@@ -124,9 +124,17 @@ def figures_line(final: dict[str, Any]) -> str:
     return f"{line}; draft worker {draftwire['worker']}" if draftwire.get("worker") else line
 
 
-def run_generate(settings: Settings, options: GenerateOptions, *, url: str, marks: bool, as_json: bool) -> None:
+def run_generate(
+    settings: Settings,
+    options: GenerateOptions,
+    *,
+    url: str,
+    marks: bool,
+    as_json: bool,
+    credentials: Credentials | None = None,
+) -> None:
     """Ask the gateway and print the answer. Errors: `DraftwireError`."""
-    gateway = Gateway(find_gateway(settings, url), settings.gateway.request_timeout_s + 10)
+    gateway = open_gateway(settings, settings.gateway.request_timeout_s + 10, url, credentials)
     if as_json:
         print(json.dumps(gateway.post("/completion", options.body(stream=False)), ensure_ascii=False, indent=2))
         return

@@ -323,7 +323,7 @@ class Supervisor:
                 return child.process.pid
         return None
 
-    def gateway_address(self) -> tuple[str, int] | None:
+    def gateway_address(self) -> GatewayAddress | None:
         """Where the gateway listens, as it says itself."""
         return read_gateway_file(self.settings.run_path)
 
@@ -401,10 +401,11 @@ class Supervisor:
         if address is None:
             self._say(f"ready after {seconds:.1f} s")
             return
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
         path = self.settings.run_path
         where = "" if path == default_run_dir() else f" --run-dir {shlex.quote(str(path))}"
-        self._say(f"ready after {seconds:.1f} s: http://{host}:{address[1]}")
+        if self.settings.gateway.api_keys:
+            where += " --api-key-file FILE"
+        self._say(f"ready after {seconds:.1f} s: {address.url}")
         self._say(f"try: draftwire generate{where} 'def main():'")
 
     def _notify_change(self) -> None:
@@ -531,14 +532,29 @@ class Supervisor:
             await asyncio.wait(late)
 
 
-def read_gateway_file(run_path: Path) -> tuple[str, int] | None:
-    """Host and port of the gateway that runs in a run directory; None when there is none."""
+@dataclass(frozen=True, slots=True)
+class GatewayAddress:
+    """Where a gateway listens. certificate: its own as PEM, with scheme "https"."""
+
+    host: str
+    port: int
+    scheme: str = "http"
+    certificate: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+
+def read_gateway_file(run_path: Path) -> GatewayAddress | None:
+    """Where the gateway of a run directory listens; None when there is none."""
     try:
         value = json.loads((run_path / "gateway.json").read_text("utf-8"))
-        return str(value["host"]), int(value["port"])
+        scheme, certificate = str(value.get("scheme", "http")), str(value.get("certificate", ""))
+        return GatewayAddress(str(value["host"]), int(value["port"]), scheme, certificate)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DraftwireError(f"cannot read {run_path / 'gateway.json'}: {error}", "start the fleet again") from None
 
 

@@ -15,6 +15,15 @@ from shared.settings import Settings, load_settings
 from tools.fleet import is_serving
 from tools.supervisor import ChildSpec, Command, Supervisor, service_command
 
+PRIVATE_GATEWAY = (
+    "gateway.port=0",
+    'gateway.host="127.0.0.1"',
+    'gateway.api_keys=""',
+    'gateway.tls_cert=""',
+    'gateway.tls_key=""',
+)
+"""For a fleet whose only client is whoever has started it."""
+
 
 def _silent(_line: str) -> None:
     pass
@@ -48,7 +57,7 @@ def temporary_fleet(
         DraftwireError: the fleet does not start; the text says why.
     """
     run_dir = Path(tempfile.mkdtemp(prefix="draftwire-"))
-    changes = [*overrides, f'run_dir="{run_dir}"', "endpoints={}", "gateway.port=0", 'gateway.host="127.0.0.1"']
+    changes = [*overrides, f'run_dir="{run_dir}"', "endpoints={}", *PRIVATE_GATEWAY]
     settings = load_settings(config, changes)
     command = service_command(settings, config, changes)
     if drafts_through is not None:

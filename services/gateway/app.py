@@ -1,6 +1,7 @@
 """The HTTP endpoints: what is asked at which path, and how it is answered.
 
-Invariant: whatever goes wrong is answered as JSON in OpenAI's error shape; once a stream has begun, as its last event.
+Invariants: whatever goes wrong is answered as JSON in OpenAI's error shape; once a stream has begun, as its last event.
+Where keys are needed, a path that is not in PUBLIC_PATHS needs one, also a path that is not there.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.gateway.access import Caller, source_of
 from services.gateway.errors import ApiError
 from services.gateway.generation import Delta, Outcome, Transcript
 from services.gateway.requests import (
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 CLIENT_GONE = 499
 """The status of a request whose client has not waited; no client ever sees it."""
+
+PUBLIC_PATHS = frozenset({"/health", "/v1/health", "/metrics"})
+"""What anybody may ask, with or without a key."""
 
 BODY_TIMEOUT_S = 60.0
 """How long a client may take to send a request's body."""
@@ -61,9 +67,37 @@ def build_app(gateway: GatewayService) -> Starlette:
             HTTPException: _on_http_error,
             Exception: _on_defect,
         },
+        middleware=[Middleware(_Door, gateway)],
     )
     app.router.redirect_slashes = False
     return app
+
+
+class _Door:
+    """Lets in who may ask, and notes who it is; answers the others."""
+
+    def __init__(self, app: ASGIApp, gateway: GatewayService) -> None:
+        self._app = app
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in PUBLIC_PATHS:
+            try:
+                scope[_CALLER] = self._gateway.access.caller(scope["headers"], source_of(scope.get("client")))
+            except ApiError as error:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+_CALLER = "draftwire.caller"
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who makes a request that needs a key where there are keys."""
+    caller = scope[_CALLER]
+    assert isinstance(caller, Caller)
+    return caller
 
 
 class _Simple:
@@ -90,6 +124,10 @@ class _Simple:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def tokenize(self, request: Request) -> Response:
+        with caller_of(request.scope).entered():
+            return await self._tokenize(request)
+
+    async def _tokenize(self, request: Request) -> Response:
         asked = parse_tokenize(await self._body(request))
         tokenizer = self._gateway.tokenizer
         tokens = await tokenizer.encode(asked.content, parse_special=asked.parse_special, add_bos=asked.add_special)
@@ -103,6 +141,10 @@ class _Simple:
         return JSONResponse({"tokens": entries})
 
     async def detokenize(self, request: Request) -> Response:
+        with caller_of(request.scope).entered():
+            return await self._detokenize(request)
+
+    async def _detokenize(self, request: Request) -> Response:
         tokens = parse_detokenize(await self._body(request))
         tokenizer = self._gateway.tokenizer
         check_tokens("tokens", tokens, tokenizer.describe().n_vocab)
@@ -129,7 +171,7 @@ class _Completions:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        with self._gateway.admitted(scope["path"]) as exchange:
+        with self._gateway.admitted(scope["path"], caller_of(scope)) as exchange:
             body = parse_json(await read_body(request, self._gateway.settings.gateway.max_body_bytes))
             completion, unknown = parse_completion(body, self._shape)
             if unknown:

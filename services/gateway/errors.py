@@ -69,6 +69,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
         return {"retry-after": str(self.retry_after_s)} if self.retry_after_s else {}
 
 

@@ -1,7 +1,8 @@
 """The gateway: HTTP on one side, the tokenizer and the router on the other.
 
-Invariant: every request that came in whole gets an answer, refusals too, and one `request_done` line; a generation
-whose client has gone, or reads too slowly, is cancelled at the router and holds nobody else up.
+Invariant: every request that came in whole gets an answer, refusals too, and every completion request one
+`request_done` line, unless it had no key (`access.py`); a generation whose client has gone, or reads too slowly, is
+cancelled at the router and holds nobody else up.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import os
 import random
 import socket
+import ssl
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,12 +30,14 @@ import numpy as np
 import numpy.typing as npt
 import uvicorn
 
+from services.gateway.access import ANYBODY, Access, Caller
 from services.gateway.app import CLIENT_GONE, build_app
 from services.gateway.errors import ApiError, bad_field, from_wire, unavailable
 from services.gateway.generation import Generation, Outcome, Transcript
 from services.gateway.requests import Completion, check_ids
 from services.gateway.responses import compact
 from services.gateway.timings import speculation_report, timings
+from services.gateway.tls import leaf_of, server_context
 from services.gateway.tokenizer import TokenizerClient
 from shared.errors import SettingsError
 from shared.logs import Logger
@@ -54,10 +58,10 @@ from shared.messages import (
 from shared.peer import RouterConnection
 from shared.sampling.params import MAX_LOGIT_BIAS
 from shared.service import Service, version
-from shared.settings import Settings
+from shared.settings import GatewaySettings, Settings
 
 ADDRESS_FILE: Final = "gateway.json"
-"""In the run directory: {"host", "port"} where HTTP is served."""
+"""In the run directory: {"scheme", "host", "port"} where HTTP is served; with HTTPS, "certificate" as PEM."""
 
 STATUS_TIMEOUT_S = 2.0
 FIGURES_TIMEOUT_S = 5.0
@@ -65,6 +69,11 @@ FIGURES_TIMEOUT_S = 5.0
 LINGER_S = 60.0
 """How long a client may take to read what is left after its generation has ended."""
 KEEP_ALIVE_S = 30
+ACCESS_EVERY_S = 1.0
+"""How often the file of API keys is looked at, and refusals that are due are logged."""
+TLS_HANDSHAKE_S = 10.0
+TLS_GOODBYE_S = 1.0
+"""How long a client may take to begin and to end TLS; then its connection is cut."""
 _BACKLOG = 512
 _SEND_BUFFER = 128 << 10
 """Bytes of a response that the kernel keeps for a client; more would hide for long that it does not read."""
@@ -75,6 +84,7 @@ class Exchange:
     """One completion request, from its arrival to its log line. task: what answers it."""
 
     endpoint: str
+    caller: Caller = ANYBODY
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     arrived_at: float = field(default_factory=time.monotonic)
     status: int = 200
@@ -104,9 +114,13 @@ class GatewayService(Service):
         self._serving: asyncio.Task[None] | None = None
         self.tokenizer: TokenizerClient
         self.router: RouterConnection
+        self.access: Access
 
     async def start(self) -> None:
-        listener = _listen(self.settings.gateway.host, self.settings.gateway.port)
+        settings = self.settings.gateway
+        tls = server_context(settings.tls_cert, settings.tls_key)
+        self.access = Access(settings.api_keys, self.log)
+        listener = self._listen(tls is not None)
         try:
             self.tokenizer = TokenizerClient(self)
             self.router = RouterConnection(
@@ -122,14 +136,16 @@ class GatewayService(Service):
                 self._on_router_lost,
             )
             host, port = listener.getsockname()[:2]
-            self._publish_address(host, port)
+            address = {"scheme": "https" if tls is not None else "http", "host": host, "port": port}
+            self._publish_address(address | ({"certificate": leaf_of(settings.tls_cert)} if tls is not None else {}))
         except BaseException:
             listener.close()
             raise
-        self._server = _Server(build_app(self), self.log)
+        self._server = _Server(build_app(self), settings, tls, self.log)
         self._serving = self.loop.create_task(self._server.serve(sockets=[listener]))
         self._serving.add_done_callback(self._on_server_end)
-        self.log.info("listening", host=host, port=port)
+        self.every(ACCESS_EVERY_S, self.access.tick)
+        self.log.info("listening", **address)
 
     def idle(self) -> bool:
         return self._serving is None or self._serving.done()
@@ -149,6 +165,7 @@ class GatewayService(Service):
     def stop(self) -> None:
         if self._serving is not None:
             self._serving.cancel()
+            self.access.close()
         if self._address_file is not None:
             self._address_file.unlink(missing_ok=True)
 
@@ -156,12 +173,34 @@ class GatewayService(Service):
         if not serving.cancelled() and (error := serving.exception()) is not None:
             self.fail(error)
 
-    def _publish_address(self, host: str, port: int) -> None:
+    def _listen(self, encrypted: bool) -> socket.socket:
+        """The listening socket; one that is open to the network says so in the log, or is refused."""
+        settings = self.settings.gateway
+        family, address = _resolve(settings.host, settings.port)
+        is_open = settings.is_open(address[0], self.settings.network.insecure)
+        listener = _listen(settings, family, address)
+        if is_open and not self.access.needs_keys:
+            self.log.warning(
+                "insecure_gateway",
+                host=address[0],
+                reason="anybody on the network may ask",
+                remedy="set gateway.api_keys, or serve at 127.0.0.1",
+            )
+        elif is_open and not encrypted:
+            self.log.warning(
+                "unencrypted_gateway",
+                host=address[0],
+                reason="keys and texts travel in clear",
+                remedy="set gateway.tls_cert and gateway.tls_key",
+            )
+        return listener
+
+    def _publish_address(self, address: dict[str, Any]) -> None:
         path = self.settings.run_path / ADDRESS_FILE
         fresh = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fresh.write_text(json.dumps({"host": host, "port": port}) + "\n", encoding="utf-8")
+            fresh.write_text(json.dumps(address) + "\n", encoding="utf-8")
             fresh.replace(path)
         except OSError as error:
             raise SettingsError(
@@ -190,13 +229,13 @@ class GatewayService(Service):
         return {"status": "ok"}
 
     @contextmanager
-    def admitted(self, endpoint: str) -> Iterator[Exchange]:
+    def admitted(self, endpoint: str, caller: Caller) -> Iterator[Exchange]:
         """A place for one completion request; it is logged and its generation is over when the block ends.
 
         Raises:
-            ApiError: 429 when all places are taken, 503 while shutting down.
+            ApiError: 429 when all places are taken or the caller has had enough, 503 while shutting down.
         """
-        exchange = Exchange(endpoint)
+        exchange = Exchange(endpoint, caller)
         limit = self.settings.gateway.max_requests
         self._n_admitted += 1
         try:
@@ -204,7 +243,8 @@ class GatewayService(Service):
                 raise ApiError(503, "the gateway is shutting down", "draining", retry_after_s=5)
             if self._n_admitted > limit:
                 raise ApiError(429, f"all {limit} requests are in use", "too_many_requests", retry_after_s=1)
-            yield exchange
+            with caller.entered():
+                yield exchange
         except ApiError as error:
             exchange.status, exchange.code = error.status, error.code
             raise
@@ -350,6 +390,7 @@ class GatewayService(Service):
         finished = exchange.generation.finished if exchange.generation is not None else None
         target = finished.target if finished is not None else TargetStats()
         draft = finished.draft if finished is not None else DraftStats()
+        exchange.caller.charge(target.n_prompt + target.n_generated)
         measured = timings(target)
         if exchange.outcome is not None:
             finish: str = exchange.outcome.stop_type
@@ -363,6 +404,7 @@ class GatewayService(Service):
             status=exchange.status,
             finish=finish,
             code=exchange.code,
+            **({"api_key": exchange.caller.name} if exchange.caller.name else {}),
             seed=exchange.seed,
             n_prompt=exchange.n_prompt,
             total_ms=round((time.monotonic() - exchange.arrived_at) * 1000, 3),
@@ -386,15 +428,19 @@ def _generate_message(
     return Generate(request, tokens, sampling, Limits(completion.max_tokens, stop_tokens), completion.speculation)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Errors: `SettingsError`."""
+def _resolve(host: str, port: int) -> tuple[int, tuple[Any, ...]]:
+    """The family and the address to serve at. Errors: `SettingsError`."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise SettingsError(f"gateway.host: {host!r} is no address: {error}", "give an address of this host") from None
-    listener = socket.socket(family, kind, protocol)
+    return family, address
+
+
+def _listen(settings: GatewaySettings, family: int, address: tuple[Any, ...]) -> socket.socket:
+    """A listening socket. Errors: `SettingsError`."""
+    host, port = settings.host, settings.port
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)  # what it accepts inherits it
@@ -416,23 +462,44 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn inside the service's own event loop: signals and logs are the service's business."""
 
-    def __init__(self, app: Any, log: Logger) -> None:
+    def __init__(self, app: Any, settings: GatewaySettings, tls: ssl.SSLContext | None, log: Logger) -> None:
         logger = logging.getLogger("uvicorn.error")
         logger.handlers = [_Forward(log)]
         logger.propagate = False
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=_BACKLOG,
-            )
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=settings.forwarded,
+            forwarded_allow_ips=["127.0.0.1", "::1"],
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=_BACKLOG,
         )
+        super().__init__(config)
+        self._tls_options: dict[str, Any] = {}
+        if tls is not None:
+            self._tls_options = {
+                "ssl": tls,
+                "ssl_handshake_timeout": TLS_HANDSHAKE_S,
+                "ssl_shutdown_timeout": TLS_GOODBYE_S,
+            }
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own servers would wait 30 s for a TLS client to say goodbye, and the drain with them."""
+        await super().startup(sockets=[])
+        protocol: Any = self.config.http_protocol_class
+        for sock in sockets or ():
+            server = await asyncio.get_running_loop().create_server(
+                lambda: protocol(self.config, self.server_state, self.lifespan.state),
+                sock=sock,
+                backlog=_BACKLOG,
+                **self._tls_options,
+            )
+            self.servers.append(server)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,8 @@ def make_fleet(tmp_path: Path) -> Iterator[MakeFleet]:
     """Fleets with settings of their own."""
     with contextlib.ExitStack() as stack:
 
-        def make(*overrides: str, tokenizer: bool = True, router: bool = True) -> Fleet:
-            fleet = Fleet(tmp_path, *overrides, tokenizer=tokenizer, router=router)
+        def make(*overrides: str, **options: Any) -> Fleet:
+            fleet = Fleet(tmp_path, *overrides, **options)
             stack.callback(fleet.close)
             return fleet
 

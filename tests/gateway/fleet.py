@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -294,7 +295,14 @@ def silent(_router: FakeRouter, _peer: bytes, _message: Generate) -> None:
 class Fleet:
     """A gateway with its tokenizer and a fake router, and an HTTP client."""
 
-    def __init__(self, run_dir: Path, *overrides: str, tokenizer: bool = True, router: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *overrides: str,
+        tokenizer: bool = True,
+        router: bool = True,
+        verify: ssl.SSLContext | bool = True,
+    ) -> None:
         self.run_dir = run_dir
         self._stack = contextlib.ExitStack()
         self._overrides = overrides
@@ -309,13 +317,15 @@ class Fleet:
             if tokenizer:
                 self.start_tokenizer()
             address = self.gateway.logged("listening")
-            self.url = f"http://{address['host']}:{address['port']}"
+            self.url = f"{address['scheme']}://{address['host']}:{address['port']}"
             self.gateway.logged("ready")
             if router:
                 self.gateway.logged("router_connected")
             if tokenizer:
                 self.gateway.logged("tokenizer_connected")
-            self.http = self._stack.enter_context(httpx.Client(base_url=self.url, timeout=PATIENCE_S, trust_env=False))
+            self.http = self._stack.enter_context(
+                httpx.Client(base_url=self.url, timeout=PATIENCE_S, trust_env=False, verify=verify)
+            )
         except BaseException:
             self.close()
             raise
@@ -325,8 +335,9 @@ class Fleet:
         self._stack.callback(self.tokenizer.stop)
         self.tokenizer.logged("ready")
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.http.post(path, json=body)
+    def post(self, path: str, key: str = "", **body: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self.http.post(path, json=body, headers=headers)
 
     def stream(self, path: str, **body: Any) -> list[str]:
         """The data of all events."""

@@ -13,6 +13,7 @@ from shared.errors import SettingsError
 from shared.keys import new_host_key, write_host_key
 from shared.settings import (
     DraftSettings,
+    GatewaySettings,
     Settings,
     changed_keys,
     default_run_dir,
@@ -88,7 +89,11 @@ def test_overrides_are_toml_or_bare_words(tmp_path: Path) -> None:
         "verifier.engine.flash_attention=true",
         "verifier.engine.override_tensors=['a=b']",
         "draft.a.drafter=ngram",
-        environment={"DRAFTWIRE_RUN_DIR": "/tmp/some where", "DRAFTWIRE_CONFIG": "/elsewhere", "PATH": "/bin"},
+        environment={
+            "DRAFTWIRE_RUN_DIR": "/tmp/some where",
+            "DRAFTWIRE_CONFIG": "/elsewhere",
+            "DRAFTWIRE_API_KEY": "dw-x",
+        },
     )
     assert settings.log_level == "debug"
     assert settings.gateway.host == "127.0.0.2"
@@ -220,6 +225,21 @@ def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def endpoint(value: str) -> str:
     return load_settings(None, (f'endpoints.router="{value}"',), {}).endpoint("router")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.9.9.9", "::1"])
+def test_a_gateway_on_loopback_needs_no_keys(address: str) -> None:
+    """Nobody else reaches it."""
+    assert not GatewaySettings().is_open(address, insecure=False)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.168.1.2", "fe80::1%eth0", "::ffff:192.168.1.2"])
+def test_a_gateway_that_is_open_needs_keys(address: str) -> None:
+    """Without them it is refused, unless a flag allows it."""
+    with pytest.raises(SettingsError, match="open to the network"):
+        GatewaySettings().is_open(address, insecure=False)
+    assert GatewaySettings().is_open(address, insecure=True)
+    assert GatewaySettings(api_keys="/etc/keys").is_open(address, insecure=False)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ COMMANDS = (
     "bench speculation",
     "bench agreement",
     "bench routing",
+    "api-keys",
+    "api-keys add",
+    "api-keys list",
+    "api-keys limits",
+    "api-keys revoke",
 )
 
 
@@ -99,6 +104,7 @@ def test_help_lists_every_command() -> None:
         "perplexity",
         "estimate",
         "bench",
+        "api-keys",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 

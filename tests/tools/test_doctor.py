@@ -277,3 +277,12 @@ def test_dead_router_is_no_fleet(tmp_path: Path) -> None:
         dead.bind(str(tmp_path / "router.sock"))
     finding = by_name(check_fleet(Settings(run_dir=str(tmp_path), gateway=GatewaySettings(port=0))))["fleet"]
     assert (finding.level, finding.detail) == ("OK", "none is running in this run directory")
+
+
+def test_an_open_gateway_without_keys_is_a_failure(tmp_path: Path) -> None:
+    """Such a gateway does not start, so its configuration is FAIL, with the remedy."""
+    settings = Settings(run_dir=str(tmp_path), gateway=GatewaySettings(host="0.0.0.0", port=0))
+    finding = by_name(check_fleet(settings))["gateway port"]
+    assert finding.level == "FAIL"
+    assert "open to the network" in finding.detail
+    assert "api-keys" in finding.remedy

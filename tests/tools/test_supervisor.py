@@ -20,7 +20,16 @@ from shared.errors import SettingsError
 from shared.service import EXIT_CONFIG
 from shared.settings import DraftSettings, Settings
 from tools import supervisor as module
-from tools.supervisor import Backoff, ChildSpec, RunDirectory, Supervisor, fleet_of, read_gateway_file, service_command
+from tools.supervisor import (
+    Backoff,
+    ChildSpec,
+    GatewayAddress,
+    RunDirectory,
+    Supervisor,
+    fleet_of,
+    read_gateway_file,
+    service_command,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
@@ -549,7 +558,7 @@ def test_gateway_address_does_not_outlive_its_fleet(tmp_path: Path) -> None:
     directory = RunDirectory(path)
     assert read_gateway_file(path) is None
     (path / "gateway.json").write_text(json.dumps({"host": "127.0.0.1", "port": 2}))
-    assert read_gateway_file(path) == ("127.0.0.1", 2)
+    assert read_gateway_file(path) == GatewayAddress("127.0.0.1", 2)
     directory.close()
     assert read_gateway_file(path) is None
 
