@@ -1,17 +1,16 @@
-"""The rig that all container tests share."""
+"""The rig that all container tests share, and the figures that they report."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for containers.py, as in tests/pipeline
+from tests.systemd.containers import Rig, missing
 
-from containers import Rig, missing
+_FIGURES: list[str] = []
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +24,16 @@ def rig() -> Iterator[Rig]:
         yield rig
     finally:
         rig.close()
+
+
+@pytest.fixture(scope="session")
+def figures() -> list[str]:
+    """Lines to print at the end."""
+    return _FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _FIGURES:
+        terminalreporter.section("figures")
+        for line in _FIGURES:
+            terminalreporter.write_line(line)

@@ -184,7 +184,7 @@ class Host:
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: _enter(self._cgroups),  # noqa: PLW1509 (no threads that matter are running yet)
+                preexec_fn=lambda: _enter(self._cgroups),
             )
         self.wait_booted()
 
@@ -209,7 +209,11 @@ class Host:
 
     def _inside(self, command: Sequence[str]) -> list[str]:
         leader = self.leader
-        environment = ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"]
+        environment = [
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME=/root",
+            "LANG=C.UTF-8",
+        ]
         enter = ["nsenter", "-t", str(leader or 0), "-m", "-p", "-u", "-i", "-n", "--"]
         return [*enter, "env", "-i", *environment, *command]
 
