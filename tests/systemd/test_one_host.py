@@ -211,7 +211,8 @@ def test_a_hung_engine_is_killed_by_the_watchdog(other_settings: Host) -> None:
     """An engine thread that does not return stops the beat: systemd ends the process, says where, starts it again."""
     host = other_settings
     unit = "draftwire-verifier.service"
-    hangs = 'engine = "emulated"\ninner = "numpy"\npace = { first_row_ms = 1, further_row_ms = 1, prefill_per_second = 0.001 }'
+    pace = "{ first_row_ms = 1, further_row_ms = 1, prefill_per_second = 0.001 }"  # a prompt of 10 tokens: 3 hours
+    hangs = f'engine = "emulated"\ninner = "numpy"\npace = {pace}'
     host.write(CONFIG, SETTINGS.replace('engine = "numpy"', hangs))
     host.write(f"/etc/systemd/system/{unit}.d/watchdog.conf", "[Service]\nWatchdogSec=5\n")
     host.systemctl("daemon-reload")
