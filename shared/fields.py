@@ -20,3 +20,11 @@ class Array:
     dtype: str
     ndim: int
     max_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A setting that can change while services run."""
+
+
+LIVE = Live()

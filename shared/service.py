@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,9 +30,10 @@ import uvloop
 import zmq
 
 from shared import logs, trace, wire
+from shared.curve import AllowList, Caller, Door, Gatekeeper, Keys, key_of
 from shared.errors import DraftwireError, ModelError, SettingsError, WireError
-from shared.messages import Error, Message
-from shared.settings import Settings
+from shared.messages import Error, Hello, Message
+from shared.settings import Settings, changed_keys, with_live
 
 EXIT_CONFIG = 78
 """Exit status (EX_CONFIG of sysexits.h) when starting again cannot help: bad settings, bad model, refused by a peer."""
@@ -41,8 +44,12 @@ QUEUE_LENGTH = 1000
 MAILBOX_LENGTH = 4 * QUEUE_LENGTH
 
 _BURST = 64
+_MAX_PEERS = 4096
 _POLLIN = int(zmq.POLLIN)  # the enum's own & takes microseconds
 _LOG_EVERY_S = 1.0
+_STATUS_S = 5.0
+_START_PATIENCE_S = 60.0
+_MARGIN_S = 5.0
 
 Handler = Callable[[bytes, Any], None]
 """Gets the peer's routing id (b"" on a dealer) and the message."""
@@ -53,6 +60,7 @@ def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socke
     sock.linger = 200
     sock.sndhwm = sock.rcvhwm = QUEUE_LENGTH
     sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
+    sock.ipv6 = True
     if kind == zmq.ROUTER:
         sock.router_mandatory = 1
     else:
@@ -89,13 +97,24 @@ class Link:
         self._scheduled = False
         self._closed = False
         self._next_log = 0.0
+        self._domain = ""
+        self._gate: Gatekeeper | None = None
+        self._peer_keys: OrderedDict[bytes, str] = OrderedDict()
+        self._watchers: list[Door | Caller] = []
         self.n_refused = 0
         """Messages refused since the start: malformed, or of a type that is not expected here."""
 
-    def bind(self, endpoint: str) -> None:
-        """Errors: `SettingsError` when the endpoint is taken or cannot be made."""
+    def bind(self, endpoint: str, domain: str = "") -> None:
+        """Listen. domain: which keys may connect (`ADMITTED` of shared/curve.py), for tcp:// endpoints.
+
+        Errors: `SettingsError` when the endpoint is taken or cannot be made, or is open to the network without keys.
+        """
         if endpoint.startswith("ipc://"):
             _claim_socket_path(Path(endpoint[len("ipc://") :]))
+        if self._service.keys.secure_server(self._socket, endpoint, domain):
+            self._domain = domain
+            self._gate = self._service.gatekeeper()
+            self._watchers.append(Door(self._socket, domain, self._gate, self._service.loop))
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as error:
@@ -104,10 +123,19 @@ class Link:
                     f"{endpoint} is in use", "is another fleet running? stop it, or choose another run_dir or port"
                 ) from None
             raise SettingsError(f"cannot bind {endpoint}: {error.strerror}") from None
+        if endpoint.startswith("tcp://"):
+            self._service.log.info("socket_listening", link=domain, endpoint=endpoint, curve=self._gate is not None)
         self._watch()
 
     def connect(self, endpoint: str) -> None:
-        self._socket.connect(endpoint)
+        """Errors: `SettingsError` when the endpoint cannot be one, or leads to the network and there are no keys."""
+        service = self._service
+        if service.keys.secure_client(self._socket, endpoint):
+            self._watchers.append(Caller(self._socket, endpoint, self.name, service.keys, service.log, service.loop))
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise SettingsError(f"cannot connect to {endpoint}: {error.strerror}") from None
         self._watch()
 
     def _watch(self) -> None:
@@ -116,7 +144,7 @@ class Link:
 
     def send(self, message: Message, peer: bytes = b"") -> bool:
         """Queue a message; False when it cannot be: the peer is gone or its queue is full."""
-        if self._closed:
+        if self._closed or (self._gate is not None and self._is_shut_out(peer)):
             return False
         frames: Sequence[Any] = wire.encode(message)
         if self._kind == zmq.ROUTER:
@@ -151,16 +179,42 @@ class Link:
         for _ in range(_BURST):
             if self._closed or not self._has_arrived():
                 return
+            if self._gate is not None:
+                first = self._socket.recv(zmq.NOBLOCK, copy=False)
+                peer, key = first.bytes, key_of(first)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                if self._is_known(peer, key):
+                    self._receive(peer, frames)
+                continue
             frames = self._socket.recv_multipart(zmq.NOBLOCK)
             peer = frames.pop(0) if self._kind == zmq.ROUTER else b""
             self._receive(peer, frames)
         self._schedule()
+
+    def _is_known(self, peer: bytes, key: str) -> bool:
+        """Whether a message may be read: its sender's key has not been revoked since it connected."""
+        assert self._gate is not None
+        if self._peer_keys.get(peer) != key:
+            self._peer_keys[peer] = key
+            while len(self._peer_keys) > _MAX_PEERS:
+                self._peer_keys.popitem(last=False)
+        if reason := self._gate.allowed.verdict(key, self._domain):
+            self._gate.refuse(self._gate.allowed.name(key), reason, self._domain)
+            return False
+        return True
+
+    def _is_shut_out(self, peer: bytes) -> bool:
+        assert self._gate is not None
+        return bool(self._gate.allowed.verdict(self._peer_keys.get(peer, ""), self._domain))
 
     def _receive(self, peer: bytes, frames: list[bytes]) -> None:
         try:
             message = wire.decode(frames)
         except WireError as error:
             self._refuse(peer, Error(0, error.code, error.message[:4000], error.remedy))
+            return
+        if isinstance(message, Hello) and not self._may_be(peer, message.role):
+            self._refuse(peer, Error(0, "wrong_role", f"this key may not be a {message.role} here"))
             return
         handler = self._handlers.get(type(message), self._fallback)
         if handler is not None:
@@ -171,6 +225,9 @@ class Link:
                 raise
         elif not isinstance(message, Error):
             self._refuse(peer, Error(0, "unexpected_message", f"{type(message).__name__} has no meaning here"))
+
+    def _may_be(self, peer: bytes, role: str) -> bool:
+        return self._gate is None or self._gate.allowed.may_be(self._peer_keys.get(peer, ""), role)
 
     def _refuse(self, peer: bytes, error: Error) -> None:
         self.n_refused += 1
@@ -187,6 +244,8 @@ class Link:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            for watcher in self._watchers:
+                watcher.close()
             self._service.loop.remove_reader(self._socket.fileno())
             self._socket.close()
 
@@ -198,8 +257,10 @@ class BlockingLink:
     its verdict.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> None:
-        self._socket = _new_socket(context, zmq.DEALER)
+    def __init__(self, service: Service, endpoint: str) -> None:
+        """Errors: `SettingsError`, as of `Link.connect`."""
+        self._socket = _new_socket(service.context, zmq.DEALER)
+        service.keys.secure_client(self._socket, endpoint)
         self._socket.connect(endpoint)
 
     def send(self, message: Message) -> bool:
@@ -262,18 +323,25 @@ class Service(ABC):
 
     def __init__(self, settings: Settings, instance: str = "") -> None:
         self.settings = settings
+        self.read_settings: Callable[[], Settings] = lambda: settings
+        """Reads the configuration again, for a reload."""
         self.instance = instance or self.name
         self.log = logs.configure(self.name, self.instance, settings.log_level)
         self.loop: asyncio.AbstractEventLoop
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.keys = Keys(settings, self.log.warning)
         self.draining = False
         self.threads: list[EngineThread] = []
+        self.watchdog_s = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
         self.join_s = 10.0
         """How long `stop` may wait for a thread to end."""
         self._links: list[Link] = []
+        self._gatekeeper: Gatekeeper | None = None
         self._done: asyncio.Event
         self._failure: BaseException | None = None
         self._started_at = time.monotonic()
+        self._ready = False
+        self._healthy = True
 
     # -- what a service defines --
 
@@ -299,8 +367,16 @@ class Service(ABC):
         """Called last, to end threads and free engines."""
 
     def healthy(self) -> bool:
-        """Whether the watchdog may be told that all is well."""
-        return True
+        """Whether the watchdog may be told that all is well: no engine has been at one thing for `watchdog_s`."""
+        return all(thread.beat_age_s < self.watchdog_s for thread in self.threads if thread.alive)
+
+    def reloaded(self) -> None:  # noqa: B027 (optional)
+        """Called after a reload has changed `settings`."""
+
+    def status_line(self) -> str:
+        """What `systemctl status` shows."""
+        held = ", ".join(f"{n} {what}" for what, n in self.held().items())
+        return held or "ready"
 
     # -- what it uses --
 
@@ -315,6 +391,14 @@ class Service(ABC):
         link = Link(self, name, kind, handlers, fallback, on_refused)
         self._links.append(link)
         return link
+
+    def gatekeeper(self) -> Gatekeeper:
+        """Who lets connections in, for this process's encrypted sockets. Errors: `SettingsError`."""
+        if self._gatekeeper is None:
+            assert self.keys.host is not None
+            allowed = AllowList(self.settings.network.key_path, self.keys.host.public, self.log)
+            self._gatekeeper = Gatekeeper(self.context, self.loop, allowed, self.log)
+        return self._gatekeeper
 
     def every(self, seconds: float, action: Callable[[], None]) -> None:
         """Call `action` periodically from now on."""
@@ -354,20 +438,25 @@ class Service(ABC):
         stopping = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, stopping.set)
+        self.loop.add_signal_handler(signal.SIGHUP, self._reload)
+        notify("STATUS=starting")
+        self.every(_STATUS_S, self._notify_status)
         try:
             if not await self._started_before(stopping):
                 self.log.info("stopped_while_loading")
                 self.join_s = 0.1
                 return 0
             self.log.info("ready", version=version())
-            notify("READY=1")
-            watchdog_us = int(os.environ.get("WATCHDOG_USEC", 0))
-            if watchdog_us:
-                self.every(watchdog_us / 3e6, lambda: notify("WATCHDOG=1") if self.healthy() else None)
+            self._ready = True
+            notify(f"READY=1\nSTATUS={self.status_line()}")
+            if self.watchdog_s < math.inf:
+                self.every(self.watchdog_s / 3, self._feed_watchdog)
             await _first(stopping.wait(), self._done.wait())
             if self._failure is None:
                 self.log.info("draining", **self.held())
-                notify("STOPPING=1")
+                # systemd then waits as long as the drain may take, whatever the unit's TimeoutStopSec.
+                patience_us = int((self.settings.drain_s + self.join_s + _MARGIN_S) * 1e6)
+                notify(f"STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC={patience_us}")
                 self.draining = True
                 self.drain()
                 deadline = time.monotonic() + self.settings.drain_s
@@ -387,8 +476,52 @@ class Service(ABC):
                 os._exit(status)
             for link in self._links:
                 link.close()
+            if self._gatekeeper is not None:
+                self._gatekeeper.close()
             self.context.term()
         return self._report()
+
+    def _notify_status(self) -> None:
+        if self.draining:
+            return
+        if self._ready:
+            notify(f"STATUS={self.status_line()}")
+        else:  # a large model loads for as long as it takes; that the event loop turns shows that this process lives
+            notify(f"EXTEND_TIMEOUT_USEC={int(_START_PATIENCE_S * 1e6)}")
+
+    def _feed_watchdog(self) -> None:
+        healthy = self.healthy()
+        if healthy:
+            notify("WATCHDOG=1")
+        elif self._healthy:
+            age_s = max(thread.beat_age_s for thread in self.threads)
+            self.log.error("engine_hangs", silent_s=round(age_s, 1), reason="the watchdog is not fed any more")
+        self._healthy = healthy
+
+    def _reload(self) -> None:
+        """On SIGHUP: read the configuration again; what can change while running does."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={monotonic_us()}")
+        try:
+            fresh = self.read_settings()
+        except DraftwireError as error:
+            self.log.error("reload_refused", reason=error.message, remedy=error.remedy)
+        else:
+            own = ("endpoints", "network", self.name)
+            changed = {
+                key: live
+                for key, live in changed_keys(self.settings, fresh).items()
+                if "." not in key or key.startswith(tuple(f"{name}." for name in own))
+            }
+            self.settings = with_live(self.settings, fresh)
+            logs.set_level(self.settings.log_level)
+            try:
+                self.reloaded()
+            except BaseException as error:
+                self.fail(error)
+                raise
+            waiting = [key for key, live in changed.items() if not live]
+            self.log.info("reloaded", changed=[key for key, live in changed.items() if live], needs_restart=waiting)
+        notify("READY=1")
 
     async def _started_before(self, stopping: asyncio.Event) -> bool:
         """Start; False when the service is asked to stop before it is ready."""
@@ -413,10 +546,18 @@ class Service(ABC):
         return 1
 
 
-def run_service(cls: type[S], settings: Settings, instance: str = "") -> int:
-    """Run a service until it is told to stop; returns the process's exit status."""
+def run_service(
+    cls: type[S], settings: Settings, instance: str = "", read_settings: Callable[[], Settings] | None = None
+) -> int:
+    """Run a service until it is told to stop; returns the process's exit status.
+
+    read_settings: reads the configuration again, on SIGHUP; errors: `DraftwireError`.
+    """
     sys.setswitchinterval(0.0005)  # an event loop and an engine thread share the interpreter; 5 ms would be a token
-    return uvloop.run(cls(settings, instance)._run())
+    service = cls(settings, instance)
+    if read_settings is not None:
+        service.read_settings = read_settings
+    return uvloop.run(service._run())
 
 
 async def _first(*awaitables: Any) -> None:

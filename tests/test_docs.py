@@ -12,7 +12,7 @@ import pytest
 
 from shared import messages, wire
 from shared.engine.interface import EngineSettings
-from shared.fields import Range
+from shared.fields import LIVE, Range
 from shared.settings import Settings, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,10 +108,14 @@ def test_configuration_gives_every_key_with_default_and_range(key: str) -> None:
     default, hint = settings_keys()[key]
     cells = table_rows("configuration.md")[key]
     assert cells[0] == f"`{as_toml(default)}`"
+    live = False
     if get_origin(hint) is Annotated:
-        bounds = next(mark for mark in hint.__metadata__ if isinstance(mark, Range))
-        assert cells[1] == f"{bounds.low:.0f} to {bounds.high:.0f}"
-    elif get_origin(hint) is Literal:
+        marks, hint = hint.__metadata__, get_args(hint)[0]
+        live = LIVE in marks
+        for bounds in (mark for mark in marks if isinstance(mark, Range)):
+            assert cells[1] == f"{bounds.low:.0f} to {bounds.high:.0f}"
+    assert ("(live)" in cells[-1]) == live
+    if get_origin(hint) is Literal:
         assert cells[1] == ", ".join(get_args(hint))
 
 

@@ -18,7 +18,9 @@ import typer
 
 from shared.errors import DraftwireError, ModelError, SettingsError
 from tools.cli_bench import bench_app
-from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, settings_of
+from tools.cli_config import config_app
+from tools.cli_keys import keys_app
+from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, config_path, settings_of
 from tools.cli_units import units_app
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(units_app, name="units")
 
 
@@ -84,11 +88,13 @@ def up(config: ConfigOption = None, overrides: SetOption = None, run_dir: RunDir
     """
     import asyncio
 
+    from shared.curve import check_endpoints
     from tools.fleet import is_serving
     from tools.supervisor import Supervisor
 
+    config = config_path(config)
     settings = settings_of(config, overrides, run_dir)
-    settings.endpoint("tokenizer")  # an endpoint that cannot be is one line now instead of one from each child
+    check_endpoints(settings)  # an endpoint that cannot be is one line now instead of one from each child
     changes = all_overrides(overrides, run_dir)
     supervisor = Supervisor(settings, config, changes, serving=lambda: is_serving(settings))
     status = asyncio.run(supervisor.run())
@@ -129,7 +135,8 @@ def service(
     from shared.service import run_service
 
     module = importlib.import_module(f"services.{name}.service")
-    raise typer.Exit(run_service(module.SERVICE, settings, instance))
+    status = run_service(module.SERVICE, settings, instance, lambda: settings_of(config, overrides, run_dir))
+    raise typer.Exit(status)
 
 
 def _draft_instance(settings: Settings, instance: str) -> str:

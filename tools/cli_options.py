@@ -20,7 +20,7 @@ ConfigOption = Annotated[
         "-c",
         envvar="DRAFTWIRE_CONFIG",
         metavar="FILE",
-        help="TOML file with this host's settings; none: defaults.",
+        help="TOML file with this host's settings; default: /etc/draftwire/draftwire.toml, if it is there.",
     ),
 ]
 SetOption = Annotated[
@@ -40,7 +40,14 @@ def all_overrides(overrides: list[str] | None, run_dir: Path | None) -> list[str
     return result
 
 
+def config_path(config: Path | None) -> Path | None:
+    """The configuration file: the one given, else the host's; None where there is none."""
+    from shared.settings import CONFIG_PATH
+
+    return CONFIG_PATH if config is None and CONFIG_PATH.exists() else config
+
+
 def settings_of(config: Path | None, overrides: list[str] | None, run_dir: Path | None) -> Settings:
     from shared.settings import load_settings
 
-    return load_settings(config, all_overrides(overrides, run_dir))
+    return load_settings(config_path(config), all_overrides(overrides, run_dir))

@@ -219,11 +219,15 @@ def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float =
     import zmq
 
     from shared import wire
+    from shared.curve import Keys
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
         sock.linger = 0
         sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
-        sock.connect(settings.endpoint("router"))
+        sock.ipv6 = True
+        endpoint = settings.endpoint("router")
+        Keys(settings, lambda *_event, **_fields: None).secure_client(sock, endpoint)
+        sock.connect(endpoint)
         sock.send_multipart(wire.encode(question))
         while sock.poll(int(timeout_s * 1000)):
             try:

@@ -86,9 +86,6 @@ class DraftService(Service):
         if self._connection is not None:
             self._connection.goodbye("draining")
 
-    def healthy(self) -> bool:
-        return self._thread.beat_age_s < 60
-
     def stop(self) -> None:
         self._stopping = True
         self._mailbox.put(_WAKE, force=True)

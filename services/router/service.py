@@ -113,7 +113,7 @@ class RouterService(Service):
             },
             on_refused=lambda peer, error: self._on_refused(name, peer, error),
         )
-        link.bind(endpoint)
+        link.bind(endpoint, "router" if name == LOCAL else name)
         return link
 
     def idle(self) -> bool:

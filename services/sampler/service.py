@@ -71,7 +71,7 @@ class SamplerService(Service):
                 FullRows: self._on_full_rows,
             },
         )
-        self._link.bind(self.settings.endpoint("sampler"))
+        self._link.bind(self.settings.endpoint("sampler"), "sampler")
         self.every(CLIENT_S / 10, self._forget_silent)
 
     def held(self) -> dict[str, int]:

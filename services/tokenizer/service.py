@@ -136,7 +136,7 @@ class TokenizerService(Service):
             zmq.ROUTER,
             {Describe: self._on_describe, Encode: self._on_encode, Decode: self._on_decode},
         )
-        self._link.bind(self.settings.endpoint("tokenizer"))
+        self._link.bind(self.settings.endpoint("tokenizer"), "tokenizer")
         self.log.info(
             "vocabulary_opened",
             model=self._vocabulary.name,

@@ -102,9 +102,6 @@ class VerifierService(Service):
         if self._connection is not None:
             self._connection.goodbye("draining")
 
-    def healthy(self) -> bool:
-        return self._thread.beat_age_s < 60
-
     def stop(self) -> None:
         self._stopping = True
         self._mailbox.put(_WAKE, force=True)
@@ -123,7 +120,7 @@ class VerifierService(Service):
     def _compute(self) -> None:
         settings = self.settings.verifier
         engine = self._load()
-        link = BlockingLink(self.context, self.settings.endpoint("sampler"))
+        link = BlockingLink(self, self.settings.endpoint("sampler"))
         try:
             sampler = SamplerClient(link, engine.info.n_vocab, settings.top_k_rows, self.log, self._alive)
             self._stepper = Stepper(engine, sampler, settings, self._emit)

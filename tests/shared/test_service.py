@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -43,6 +44,8 @@ PATIENCE_S = 30.0
 
 TINY = '''
 import sys
+import time
+from pathlib import Path
 import zmq
 from shared.errors import ModelError
 from shared.messages import Cancel, Describe, Ping, Pong, Welcome
@@ -85,8 +88,19 @@ class Tiny(Service):
             EngineThread(self, "engine", die).start()
         if message.request == 4:
             EngineThread(self, "engine", fail).start()
+        if message.request == 5:
+            EngineThread(self, "engine", lambda: time.sleep(60)).start()
+        if message.request == 6:
+            self.log.debug("chatter")
 
-sys.exit(run_service(Tiny, load_settings(None, sys.argv[1:])))
+overrides = [a for a in sys.argv[1:] if not a.startswith("config=")]
+path = next((Path(a[7:]) for a in sys.argv[1:] if a.startswith("config=")), None)
+
+def read():
+    # A run directory given as a flag would hide the file's.
+    return load_settings(path, [] if path and path.read_text() else overrides)
+
+sys.exit(run_service(Tiny, read(), "", read))
 '''
 
 
@@ -434,14 +448,16 @@ def test_the_supervisor_is_told(start: Start, tmp_path: Path, abstract: bool) ->
         supervisor.settimeout(PATIENCE_S)
         environment = {"NOTIFY_SOCKET": ("@" if abstract else "") + name, "WATCHDOG_USEC": "30000"}
         process = start(ready=False, **environment)
-        assert supervisor.recv(100) == b"READY=1"
+        assert supervisor.recv(100) == b"STATUS=starting"
+        assert supervisor.recv(100) == b"READY=1\nSTATUS=ready"
         assert (tmp_path / "router.sock").exists()
         assert [supervisor.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
         process.signal(signal.SIGTERM)
-        said = b""
-        while said != b"STOPPING=1":
+        said = b"WATCHDOG=1"
+        while said == b"WATCHDOG=1":
             said = supervisor.recv(100)
-            assert said in (b"WATCHDOG=1", b"STOPPING=1")
+        # 10 s for the drain, 10 s for engine threads, and a margin.
+        assert said == b"STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC=25000000"
         assert process.wait() == 0
 
 
@@ -468,6 +484,94 @@ def test_journald_gets_priorities(start: Start, tmp_path: Path) -> None:
     ready = start().logged("ready")
     assert (ready["service"], ready["instance"], ready["level"]) == ("tiny", "tiny", "info")
     assert ready["pid"] > 0
+
+
+def test_an_engine_that_hangs_starves_the_watchdog(start: Start, client: Client, tmp_path: Path) -> None:
+    """The beat passes through the engine thread; a thread at one thing for too long is said to hang, and not fed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(PATIENCE_S)
+        process = start(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="300000")
+        while supervisor.recv(100) != b"WATCHDOG=1":
+            pass
+        client.send(Cancel(5))  # an engine thread that never beats
+        assert process.logged("engine_hangs")["silent_s"] >= 0.3
+        while select.select([supervisor], [], [], 0)[0]:  # what was said before
+            supervisor.recv(100)
+        # The event loop goes on, and says so every few seconds, but feeds nobody.
+        assert supervisor.recv(100).startswith(b"STATUS=")
+        assert process.running()  # to end it is the watchdog's business
+
+
+# -- reloading --
+
+
+def test_a_reload_takes_in_what_can_change(start: Start, client: Client, tmp_path: Path) -> None:
+    """SIGHUP: the log level changes at once, a run directory cannot, and a file that is wrong changes nothing."""
+    path = tmp_path / "draftwire.toml"
+    path.write_text("")
+    process = start(f"config={path}")
+    path.write_text('log_level = "debug"\ndrain_s = 3\nrun_dir = "/elsewhere"\n')
+    process.signal(signal.SIGHUP)
+    reloaded = process.logged("reloaded")
+    assert reloaded["changed"] == ["drain_s", "log_level"]
+    assert reloaded["needs_restart"] == ["run_dir"]
+    assert process.events("chatter") == []
+    client.send(Cancel(6))
+    assert process.logged("chatter")["level"] == "debug"
+    path.write_text("drain_s = -1\n")
+    process.signal(signal.SIGHUP)
+    refused = process.logged("reload_refused")
+    assert "drain_s" in refused["reason"]
+    assert str(path) in refused["reason"]
+    client.answers()
+
+
+# -- the journal --
+
+
+def test_journald_gets_fields_of_its_own(tmp_path: Path) -> None:
+    """On journald's own stream, a line goes to its socket, with its priority and what one selects by."""
+    received = log_to_journal(tmp_path, 'log.warning("worker_lost", worker="a\\nb", session=255, seconds=3)')
+    assert received["PRIORITY"] == "4"
+    assert received["SYSLOG_IDENTIFIER"] == "draftwire-draft-small"
+    assert (received["EVENT"], received["SERVICE"], received["INSTANCE"]) == ("worker_lost", "draft", "small")
+    assert (received["WORKER"], received["SESSION"]) == ("a\nb", "00000000000000ff")
+    line = json.loads(received["MESSAGE"])
+    assert (line["event"], line["session"], line["seconds"]) == ("worker_lost", "00000000000000ff", 3)
+    assert "REQUEST" not in received
+
+
+def log_to_journal(tmp_path: Path, statement: str) -> dict[str, str]:
+    """The fields of the one entry that a process logs whose stdout is the journal's stream."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journald, (tmp_path / "stream").open("w") as stream:
+        journald.bind(str(tmp_path / "journal"))
+        journald.settimeout(PATIENCE_S)
+        info = os.fstat(stream.fileno())
+        program = (
+            "from shared import logs\n"
+            f"logs.JOURNAL_SOCKET = {str(tmp_path / 'journal')!r}\n"
+            f"log = logs.configure('draft', 'small', 'info')\n{statement}\n"
+        )
+        subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=stream,
+            env={**os.environ, "JOURNAL_STREAM": f"{info.st_dev}:{info.st_ino}"},
+            timeout=PATIENCE_S,
+            check=True,
+        )
+        data = journald.recv(1 << 20)
+    assert (tmp_path / "stream").read_text() == ""
+    fields: dict[str, str] = {}
+    while data:
+        head, _, rest = data.partition(b"\n")
+        name, separator, value = head.partition(b"=")
+        if not separator:
+            size = int.from_bytes(rest[:8], "little")
+            value, rest = rest[8 : 8 + size], rest[9 + size :]
+        fields[name.decode()] = value.decode()
+        data = rest
+    return fields
 
 
 # -- the mailbox --

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 
+from shared.curve import check_endpoints
 from shared.errors import SettingsError
-from shared.settings import DraftSettings, Settings, default_run_dir, load_settings
+from shared.keys import new_host_key, write_host_key
+from shared.settings import (
+    DraftSettings,
+    Settings,
+    changed_keys,
+    default_run_dir,
+    load_effective,
+    load_settings,
+    with_live,
+)
 
 
 def load(tmp_path: Path, text: str = "", *overrides: str, environment: dict[str, str] | None = None) -> Settings:
@@ -216,18 +226,101 @@ def endpoint(value: str) -> str:
     "value",
     ["ipc:///run/x.sock", "tcp://127.0.0.1:5555", "tcp://localhost:1", "tcp://[::1]:65535", "tcp://127.1.2.3:9"],
 )
-def test_private_endpoints_are_taken_as_they_are(value: str) -> None:
+def test_private_endpoints_need_no_keys(value: str, tmp_path: Path) -> None:
     """ipc and loopback need no keys."""
     assert endpoint(value) == value
+    check(value, tmp_path)
+
+
+def check(value: str, tmp_path: Path, *more: str) -> list[dict[str, Any]]:
+    """What is warned of when a host without keys uses an endpoint."""
+    warned: list[dict[str, Any]] = []
+    overrides = (f'endpoints.router="{value}"', f'network.keys="{tmp_path}"', *more)
+    check_endpoints(
+        load_settings(None, overrides, {}), lambda event, **fields: warned.append({"event": event} | fields)
+    )
+    return warned
 
 
 @pytest.mark.parametrize(
     "value", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://192.168.1.2:5555", "tcp://example.org:5555", "tcp://[::]:1"]
 )
-def test_endpoints_open_to_the_network_are_refused(value: str) -> None:
+def test_endpoints_open_to_the_network_are_refused(value: str, tmp_path: Path) -> None:
     """Without keys nothing but this host may connect; the refusal says what to do instead."""
-    with pytest.raises(SettingsError, match=r"open to the network.*\(use ipc:// or a loopback address"):
-        endpoint(value)
+    with pytest.raises(SettingsError, match=r"open to the network.*draftwire keys init.*or use ipc://"):
+        check(value, tmp_path)
+    (warning,) = check(value, tmp_path, "network.insecure=true")
+    assert (warning["event"], warning["endpoint"]) == ("insecure_endpoint", value)
+    write_host_key(tmp_path, new_host_key("box"))
+    assert check(value, tmp_path) == []
+
+
+# -- several sources --
+
+
+def test_drop_ins_lie_on_top_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """FILE.d/*.toml, each over those before it, table by table; the rest of the directory is left alone."""
+    path = tmp_path / "draftwire.toml"
+    path.write_text("drain_s = 1\n[verifier]\nn_max = 2\nmax_waiting = 3\n[draft.a]\n")
+    more = tmp_path / "draftwire.toml.d"
+    more.mkdir()
+    (more / "20-b.toml").write_text("[verifier]\nn_max = 5\n")
+    (more / "10-a.toml").write_text('[verifier]\nn_max = 4\n[draft.b]\ndrafter = "ngram"\n')
+    (more / "30-c.toml.bak").write_text("nonsense")
+    effective = load_effective(path, ["gateway.port=0"], {"DRAFTWIRE_LOG_LEVEL": "debug"})
+    settings = effective.settings
+    assert (settings.verifier.n_max, settings.verifier.max_waiting, settings.drain_s) == (5, 3, 1.0)
+    assert settings.draft == {"a": DraftSettings(), "b": DraftSettings(drafter="ngram")}
+    assert effective.files == (path, more / "10-a.toml", more / "20-b.toml")
+    assert effective.origins == {
+        "drain_s": str(path),
+        "verifier.n_max": str(more / "20-b.toml"),
+        "verifier.max_waiting": str(path),
+        "draft.a": str(path),
+        "draft.b.drafter": str(more / "10-a.toml"),
+        "log_level": "DRAFTWIRE_LOG_LEVEL",
+        "gateway.port": "--set gateway.port=0",
+    }
+
+
+@pytest.mark.parametrize(
+    "text", ["[verifier]\nn_max = 1000\n", "[verifier]\nn_mxa = 1\n", "verifier = 3\n", "verifier."]
+)
+def test_what_is_wrong_in_a_drop_in_is_named_with_it(tmp_path: Path, text: str) -> None:
+    """The file that a value comes from is the one to mend."""
+    path = tmp_path / "draftwire.toml"
+    path.write_text("[verifier]\nmax_waiting = 3\n")
+    (tmp_path / "draftwire.toml.d").mkdir()
+    (tmp_path / "draftwire.toml.d/x.toml").write_text(text)
+    with pytest.raises(SettingsError, match=r"draftwire\.toml\.d/x\.toml.*"):
+        load_settings(path, (), {})
+
+
+def test_what_a_reload_changes_is_told_from_what_needs_a_restart() -> None:
+    """Limits and the log level change at once, and the table of workers; models and sockets do not."""
+    old = load_settings(None, ["draft.a.q_top_k=7"], {})
+    new = load_settings(
+        None,
+        [
+            *("draft.a.q_top_k=8", "draft.b={}", "log_level=debug", "gateway.max_requests=3", "gateway.port=1"),
+            *("verifier.engine.n_ctx=77", "router.max_sessions=9"),
+        ],
+        {},
+    )
+    assert changed_keys(old, new) == {
+        "draft.a.q_top_k": False,
+        "draft.b": True,
+        "gateway.max_requests": True,
+        "gateway.port": False,
+        "log_level": True,
+        "router.max_sessions": True,
+        "verifier.engine.n_ctx": False,
+    }
+    merged = with_live(old, new)
+    assert (merged.log_level, merged.gateway.max_requests, merged.router.max_sessions) == ("debug", 3, 9)
+    assert (merged.gateway.port, merged.verifier.engine.n_ctx) == (old.gateway.port, old.verifier.engine.n_ctx)
+    assert (merged.draft["a"].q_top_k, set(merged.draft)) == (7, {"a", "b"})
+    assert changed_keys(merged, new) == {k: v for k, v in changed_keys(old, new).items() if not v}
 
 
 @pytest.mark.parametrize(
