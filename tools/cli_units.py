@@ -162,9 +162,10 @@ def uninstall(
     """
     import shutil
 
+    from shared.settings import CONFIG_PATH
     from tools import units
 
-    settings_folder = units.under(root, units.CONFIG.parent)
+    settings_folder = units.under(root, CONFIG_PATH.parent)
     changes = units.plan_uninstall(root)
     if dry_run:
         for change in changes:

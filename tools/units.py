@@ -24,9 +24,8 @@ from typing import Literal
 
 from shared.engine.interface import EngineSettings
 from shared.errors import DraftwireError, SettingsError
-from shared.settings import Settings, load_settings
+from shared.settings import CONFIG_PATH, Settings, load_settings
 
-CONFIG = Path("/etc/draftwire/draftwire.toml")
 SYSTEM = "etc/systemd/system"
 SYSUSERS = "etc/sysusers.d/draftwire.conf"
 TARGET = "draftwire.target"
@@ -97,11 +96,13 @@ class Host:
 
     settings: Settings
     executable: Path
-    config: Path = CONFIG
+    config: Path = CONFIG_PATH
     user: str = "draftwire"
 
     def __post_init__(self) -> None:
-        for what, path in (("the executable", self.executable), ("the configuration file", self.config)):
+        keys = self.settings.network.key_path
+        paths = ("the executable", self.executable), ("the configuration file", self.config), ("network.keys", keys)
+        for what, path in paths:
             if not _SAFE_PATH.fullmatch(str(path)):
                 raise SettingsError(
                     f"{what} {str(path)!r} cannot stand in a unit",
@@ -198,7 +199,7 @@ def _render(host: Host, name: str, service: str) -> str:
     values = {
         "@EXEC@": str(host.executable),
         "@CONFIG@": str(host.config),
-        "@CONFIG_DIR@": str(host.config.parent),
+        "@KEYS@": str(host.settings.network.key_path),
         "@USER@": host.user,
         "@RUN@": host.run_directory,
         "@DRAIN@": f"{drain_s:g}",

@@ -267,6 +267,13 @@ class Host:
     def gateway(self, port: int = 8080, timeout_s: float = 60) -> NamespaceGateway:
         return NamespaceGateway(self.netns, f"http://127.0.0.1:{port}", timeout_s)
 
+    def unplug(self) -> None:
+        """Take the cable out."""
+        _run("ip", "-n", self.netns, "link", "set", "lan0", "down")
+
+    def plug(self) -> None:
+        _run("ip", "-n", self.netns, "link", "set", "lan0", "up")
+
     def reboot(self) -> None:
         """Shut down in order and start again, as `reboot` does; returns when it is up.
 
@@ -301,11 +308,11 @@ class NamespaceGateway(Gateway):
     def connect(self) -> http.client.HTTPConnection:
         connection = super().connect()
         address = connection.host, connection.port
-        connection.sock = _in_namespace(self._netns, lambda: socket.create_connection(address, self._seconds))
+        connection.sock = in_namespace(self._netns, lambda: socket.create_connection(address, self._seconds))
         return connection
 
 
-def _in_namespace(netns: str, action: Callable[[], Any]) -> Any:
+def in_namespace(netns: str, action: Callable[[], Any]) -> Any:
     """Do something on a thread that has entered a network namespace: sockets stay where they were made."""
     result: list[Any] = []
 

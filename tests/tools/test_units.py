@@ -141,7 +141,7 @@ def test_a_service_gets_the_network_and_the_keys_only_with_an_endpoint_that_need
         assert values(text, "RestrictAddressFamilies") == ["AF_UNIX AF_INET AF_INET6"]
         assert not values(text, "IPAddressDeny")
         assert values(text, "LoadCredential") == ["host.key:/etc/draftwire/keys/host.key"]
-        assert values(text, "SetCredential") == ["host.key:"]
+        assert values(text, "SetCredential") == ["host.key:none"]
     for name in ("tokenizer", "sampler", "verifier", "gateway"):
         assert unit(networked, f"draftwire-{name}.service") == unit(local, f"draftwire-{name}.service")
 
