@@ -242,7 +242,11 @@ class Host:
 
     def wait_active(self, *units: str) -> None:
         for unit in units:
-            until(lambda unit=unit: self.show(unit, "ActiveState") == "active", f"{unit} on {self.name} to be active")
+            try:
+                until(lambda unit=unit: self.show(unit, "ActiveState") == "active", f"{unit} on {self.name} is active")
+            except AssertionError as error:
+                error.add_note(self.run("journalctl", "-u", unit, "-n", "30", "-o", "cat", "--no-pager").stdout)
+                raise
 
     def journal(self, unit: str = "") -> list[dict[str, Any]]:
         """The entries of a unit, or all, with their fields."""

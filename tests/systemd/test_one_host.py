@@ -243,6 +243,23 @@ def test_bad_settings_end_a_service_once(other_settings: Host) -> None:
     host.wait_active(unit)
 
 
+def test_units_made_from_other_settings_say_so(other_settings: Host) -> None:
+    """A service whose sandbox has no network, and whose settings want one now, names the command that helps."""
+    host = other_settings
+    unit = "draftwire-sampler.service"
+    host.write(CONFIG, SETTINGS + '\n[endpoints]\nsampler = "tcp://127.0.0.1:7013"\n')
+    host.run("systemctl", "restart", unit, check=False)
+    until(lambda: host.show(unit, "ActiveState") == "failed", "the sampler to be refused")
+    assert host.show(unit, "ExecMainStatus") == "78"
+    assert any("draftwire units install" in str(entry.get("MESSAGE")) for entry in host.journal(unit)[-20:])
+    host.draftwire("units", "install")
+    host.systemctl("restart", unit, "draftwire-verifier.service")
+    host.wait_active(unit)
+    until(lambda: serves(host), "the gateway to serve")
+    host.write(CONFIG, SETTINGS)
+    host.draftwire("units", "install")
+
+
 def test_units_verify_and_are_confined(host: Host, figures: list[str]) -> None:
     """`systemd-analyze verify` finds nothing, and `security` at most 2.0 for each service."""
     verified = host.run(

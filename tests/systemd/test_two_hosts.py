@@ -142,7 +142,7 @@ def captured(host: Host) -> Iterator[bytearray]:
 
 
 def prompt_tokens() -> list[int]:
-    return list(Vocabulary.open(resolve_model("embedded:target")).encode(PROMPT))
+    return list(Vocabulary.open(resolve_model("embedded:target")).encode(PROMPT, parse_special=False))
 
 
 def in_clear(tokens: list[int], frames: bytes) -> bool:
