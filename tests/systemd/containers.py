@@ -69,9 +69,10 @@ def _run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[st
 
 
 class Rig:
-    """Everything that the hosts share. wheel: what is tested."""
+    """Everything that the hosts share. hosts: those that have booted."""
 
     def __init__(self) -> None:
+        self.hosts: list[Host] = []
         self._closing = contextlib.ExitStack()
         try:
             sweep()
@@ -132,6 +133,7 @@ class Rig:
         self._closing.callback(host.close)
         host.prepare()
         host.boot()
+        self.hosts.append(host)
         return host
 
     def join(self, one: Host, other: Host) -> None:
@@ -242,11 +244,7 @@ class Host:
 
     def wait_active(self, *units: str) -> None:
         for unit in units:
-            try:
-                until(lambda unit=unit: self.show(unit, "ActiveState") == "active", f"{unit} on {self.name} is active")
-            except AssertionError as error:
-                error.add_note(self.run("journalctl", "-u", unit, "-n", "30", "-o", "cat", "--no-pager").stdout)
-                raise
+            until(lambda unit=unit: self.show(unit, "ActiveState") == "active", f"{unit} on {self.name} to be active")
 
     def journal(self, unit: str = "") -> list[dict[str, Any]]:
         """The entries of a unit, or all, with their fields."""
