@@ -25,6 +25,7 @@ REFUSED = frozenset({"vocabulary_mismatch"})
 
 _RETRY_S = 0.25
 _SILENT_BEATS = 8
+_PATIENCE_S, _COMPLAIN_EVERY_S = 10.0, 60.0
 
 
 class RouterConnection:
@@ -58,6 +59,8 @@ class RouterConnection:
             {**handlers, Welcome: self._welcome, Ping: self._ping, Error: self._error},
         )
         self._link.connect(endpoint)
+        self._endpoint = endpoint
+        self._next_complaint = time.monotonic() + _PATIENCE_S
         self._introduce()
         service.every(_RETRY_S, self._check)
 
@@ -79,10 +82,19 @@ class RouterConnection:
     def _check(self) -> None:
         if self.connected and time.monotonic() - self._heard > _SILENT_BEATS * self._heartbeat_s:
             self.connected = False
+            self._next_complaint = time.monotonic() + _PATIENCE_S
             self._service.log.warning("router_silent")
             self._lose("the router is silent")
         if not self.connected:
             self._introduce()
+            if (now := time.monotonic()) >= self._next_complaint:
+                self._next_complaint = now + _COMPLAIN_EVERY_S
+                self._service.log.warning(
+                    "router_unreachable",
+                    endpoint=self._endpoint,
+                    reason="it does not answer",
+                    remedy="is it running, and the address right? trying on",
+                )
 
     def _welcome(self, _peer: bytes, message: Welcome) -> None:
         self._heard = time.monotonic()
