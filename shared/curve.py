@@ -342,7 +342,8 @@ class Door:
 class Caller:
     """Watches the connection of one encrypted socket that calls: says why it is refused, and tries on.
 
-    libzmq gives up for good on a peer that breaks the protocol, such as a server that has no keys yet.
+    libzmq gives up for good on a peer that breaks the protocol, such as a server that has no keys yet, and on one that
+    does not let it in, as long as this host's key is not authorized there.
     """
 
     _EVENTS = (
@@ -385,7 +386,7 @@ class Caller:
         if (now := time.monotonic()) >= self._next_log:
             self._next_log = now + LOG_EVERY_S
             self._log.error("refused_by_server", link=self._link, endpoint=self._endpoint, reason=reason, remedy=remedy)
-        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
             self._loop.call_later(_RECONNECT_S, self._reconnect)
 
     def _reconnect(self) -> None:
