@@ -136,7 +136,8 @@ def install(
     typer.echo(f"{units.under(root, config)}: {'made from the example' if made else 'unchanged'}")
     if root == ROOT:
         changed = any(change.kind != "unchanged" for change in chosen)
-        enabled = units.activate(changed, host.user, wanted)
+        units.make_user(host.user, host.config)
+        enabled = units.activate(changed, wanted)
         typer.echo(f"enabled: {' '.join(enabled)}" if enabled else "enabled: unchanged")
         _warn(host, wanted, configured or made)
         if changed or enabled:

@@ -438,15 +438,21 @@ def call(*command: str) -> None:
         raise DraftwireError(f"{' '.join(command)} failed: {said or f'exit status {ended.returncode}'}")
 
 
-def activate(changed: bool, user: str, parts: Parts, root: Path = Path("/")) -> list[str]:
-    """Make systemd know the files and start the parts at boot; returns what was newly enabled."""
+def make_user(user: str, config: Path) -> None:
+    """The units' user, if there is none; what root makes beside the configuration is then its group's to read."""
     try:
         pwd.getpwnam(user)
     except KeyError:
-        call("systemd-sysusers", str(under(root, SYSUSERS)))
+        call("systemd-sysusers", f"/{SYSUSERS}")
+    if config.parent.stat().st_gid == 0:
+        os.chown(config.parent, -1, pwd.getpwnam(user).pw_gid)
+
+
+def activate(changed: bool, parts: Parts) -> list[str]:
+    """Make systemd know the files and start the parts at boot; returns what was newly enabled."""
     if changed:
         call("systemctl", "daemon-reload")
-    missing = [unit for unit in parts.units if unit not in enabled_units(root)]
+    missing = [unit for unit in parts.units if unit not in enabled_units(Path("/"))]
     if missing:
         call("systemctl", "enable", "--quiet", *missing)
     return missing

@@ -114,6 +114,7 @@ def test_services_run_as_their_user_without_privileges(host: Host) -> None:
         assert status["NoNewPrivs"].strip() == "1"
         assert status["Seccomp"].strip() == "2"
     assert host.run("stat", "-c", "%U %a", "/run/draftwire").stdout.split() == ["draftwire", "700"]
+    assert host.run("stat", "-c", "%G %a", "/etc/draftwire").stdout.split() == ["draftwire", "755"]
 
 
 def test_installing_again_changes_nothing(host: Host) -> None:
@@ -165,6 +166,23 @@ def test_a_killed_service_comes_back(ready: Host, plain: Completion, service: st
     wait_restarted(ready, unit, before)
     until(lambda: serves(ready), "the gateway to serve")
     assert complete(ready).tokens == plain.tokens
+
+
+def test_reload_changes_what_can_change_live(other_settings: Host) -> None:
+    """`systemctl reload` keeps the processes, and each says what has changed; systemctl shows what they say they do."""
+    host = other_settings
+    before = [host.main_pid(unit) for unit in UNITS]
+    host.write(f"{CONFIG}.d/50-log.toml", 'log_level = "debug"\n')
+    host.systemctl("reload", *UNITS)
+    for unit in UNITS:
+
+        def reloaded(unit: str = unit) -> bool:
+            return any(e["event"] == "reloaded" and e["changed"] == ["log_level"] for e in host.events(unit))
+
+        until(reloaded, f"{unit} to reload")
+        assert host.show(unit, "StatusText")
+    assert [host.main_pid(unit) for unit in UNITS] == before
+    host.run("rm", f"{CONFIG}.d/50-log.toml")
 
 
 def test_failures_in_a_row_wait_longer(ready: Host) -> None:

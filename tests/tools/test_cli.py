@@ -36,6 +36,10 @@ COMMANDS = (
     "bench speculation",
     "bench agreement",
     "bench routing",
+    "units",
+    "units render",
+    "units install",
+    "units uninstall",
 )
 
 
