@@ -103,6 +103,9 @@ def test_help_lists_every_command() -> None:
         "perplexity",
         "estimate",
         "bench",
+        "config",
+        "keys",
+        "units",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 

@@ -231,7 +231,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
             "tcp": "\n".join(
                 ["[endpoints]", *(f'{name} = "tcp://127.0.0.1:7{i}00"' for i, name in enumerate(ENDPOINT_NAMES))]
             ),
-            "gpu": '[verifier.engine]\nengine = "cuda"\n[draft.model.engine]\nengine = "cuda"\n',
+            "gpu": '[verifier.engine]\nengine = "cuda"\n[draft.i.engine]\nengine = "cuda"\n',
         }[request.param]
     )
     # A program that exists: verify looks for it.
@@ -257,7 +257,10 @@ def test_systemd_accepts_every_unit(folder: Path) -> None:
 @needs_analyze
 @pytest.mark.parametrize("name", [*TARGET_SERVICES, "draft@"])
 def test_the_sandbox_of_every_service_is_tight(folder: Path, name: str) -> None:
-    """`systemd-analyze security` gives at most 2.0, also with a GPU, for which a service must keep more."""
+    """`systemd-analyze security` gives at most 2.0, also with a GPU, for which a service must keep more.
+
+    Of a template it looks at an instance named "i".
+    """
     if "offline" not in analyze(folder, "--help").stdout:
         pytest.skip("this systemd-analyze cannot look at files")
     ended = analyze(folder, "security", "--offline=true", "--threshold=20", f"./draftwire-{name}.service")
