@@ -127,6 +127,17 @@ def test_installing_again_changes_nothing(host: Host) -> None:
     assert [host.main_pid(unit) for unit in UNITS] == before
 
 
+def test_installing_needs_root_and_says_how(host: Host) -> None:
+    """Anybody may look what would change; to do it, the line to type is given."""
+    as_nobody = ("runuser", "-u", "nobody", "--", "/opt/draftwire/bin/draftwire", "units", "install")
+    assert host.run(*as_nobody, "--dry-run").stdout.count(": unchanged") > 8
+    ended = host.run(*as_nobody, "draft@model", check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == (
+        "draftwire: error: units install needs root (sudo /opt/draftwire/bin/draftwire units install draft@model)"
+    )
+
+
 def test_speculation_gives_the_text_of_plain_decoding(ready: Host, plain: Completion) -> None:
     drafted = complete(ready, draft="model")
     assert drafted.tokens == plain.tokens
