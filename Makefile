@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults test-leaks lint clean
+.PHONY: help venv demo test test-faults test-leaks test-systemd lint clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv and install Draftwire with what the tests need
 
@@ -34,6 +34,9 @@ test-faults: $(STAMP)  ## 200 generations in which parts fail, drawn by number (
 
 test-leaks: $(STAMP)  ## 1000 short sessions with faults, and what they leave behind (LEAK_SESSIONS=)
 	LEAK_SESSIONS=$${LEAK_SESSIONS:-1000} $(BIN)/python -m pytest tests/pipeline/test_leaks.py
+
+test-systemd: $(STAMP)  ## units on hosts in containers, systemd as PID 1 (as root; needs systemd-nspawn)
+	$(BIN)/python -m pytest -v tests/systemd
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -77,6 +78,7 @@ class Keys:
         """Whether an endpoint is to use CURVE: tcp:// does, except for loopback where there are no keys."""
         if not endpoint.startswith("tcp://"):
             return False
+        _check_network(endpoint)
         if self.host is not None:
             return True
         if is_loopback(endpoint):
@@ -129,6 +131,18 @@ class Keys:
             names = ", ".join(k.name for k in servers)
             raise SettingsError(f"{path} names several servers: {names}", "choose one with network.server")
         return servers[0].public if servers else self.host.public
+
+
+def _check_network(endpoint: str) -> None:
+    """libzmq would end the process where a sandbox leaves only AF_UNIX. Errors: `SettingsError`."""
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM).close()
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            raise SettingsError(
+                f"{endpoint}: this process may not use the network",
+                "its unit was made from other settings; make it anew: sudo draftwire units install",
+            ) from None
 
 
 def check_endpoints(settings: Settings, warn: Callable[..., Any] = lambda *_event, **_fields: None) -> None:
@@ -328,7 +342,8 @@ class Door:
 class Caller:
     """Watches the connection of one encrypted socket that calls: says why it is refused, and tries on.
 
-    libzmq gives up for good on a peer that breaks the protocol, such as a server that has no keys yet.
+    libzmq gives up for good on a peer that breaks the protocol, such as a server that has no keys yet, and on one that
+    does not let it in, as long as this host's key is not authorized there.
     """
 
     _EVENTS = (
@@ -371,7 +386,7 @@ class Caller:
         if (now := time.monotonic()) >= self._next_log:
             self._next_log = now + LOG_EVERY_S
             self._log.error("refused_by_server", link=self._link, endpoint=self._endpoint, reason=reason, remedy=remedy)
-        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+        if event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
             self._loop.call_later(_RECONNECT_S, self._reconnect)
 
     def _reconnect(self) -> None:

@@ -34,6 +34,8 @@ KeyRole = Literal["draft", "verifier", "gateway", "operator", "server"]
 ROLES: tuple[KeyRole, ...] = get_args(KeyRole)
 
 HOST_KEY = "host.key"
+NO_CREDENTIAL = "none"
+"""What the units hand over as `host.key` where the host has none: systemd cannot leave a credential away."""
 AUTHORIZED = "authorized.toml"
 
 _PUBLIC = re.compile(r"[0-9a-f]{64}")
@@ -97,7 +99,7 @@ def write_host_key(directory: Path, key: HostKey) -> Path:
 def host_key_path(directory: Path) -> Path | None:
     """Where this host's key is: systemd's credential, else in the directory; None where there is none."""
     credentials = os.environ.get("CREDENTIALS_DIRECTORY")
-    if credentials and (path := Path(credentials) / HOST_KEY).exists():
+    if credentials and (path := Path(credentials) / HOST_KEY).exists() and _read_text(path).strip() != NO_CREDENTIAL:
         return path
     path = directory / HOST_KEY
     try:

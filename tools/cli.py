@@ -34,6 +34,7 @@ from tools.cli_options import (
     credentials_of,
     settings_of,
 )
+from tools.cli_units import units_app
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -52,6 +53,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(api_keys_app, name="api-keys")
+app.add_typer(units_app, name="units")
 
 
 def _print_version(wanted: bool) -> None:

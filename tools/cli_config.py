@@ -18,7 +18,9 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_se
 
 @config_app.callback()
 def config_group() -> None:
-    """A host's configuration: one TOML file and its drop-ins, then the environment, then flags.
+    """Check and show the configuration of this host.
+
+    One TOML file and its drop-ins, then the environment, then flags: later ones win.
 
     Without --config and $DRAFTWIRE_CONFIG it is /etc/draftwire/draftwire.toml, if there is one. Drop-ins are the files
     FILE.d/*.toml, by name, each on top of those before.

@@ -21,7 +21,7 @@ DirOption = Annotated[
 
 @keys_app.callback()
 def keys() -> None:
-    """Keys for the network: who may connect to this host, and whom it trusts.
+    """Make and list network keys: who may connect here.
 
     Sockets that leave a host are encrypted and authenticated (CURVE). Each host has one key; a host where something
     listens (the router, for draft workers elsewhere) has a list of the keys that may connect, each with its roles; a

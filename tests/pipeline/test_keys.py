@@ -131,7 +131,7 @@ def test_without_keys_it_can_be_read(tmp_path: Path) -> None:
 
 
 def test_a_worker_without_a_good_key_is_told_so(fleet: Fleet, tmp_path: Path) -> None:
-    """It says in its log what to type on the target host; the target is not disturbed."""
+    """It says in its log what to type on the target host, and once that is done, it drafts without a restart."""
     stranger = new_host_key("stranger")
     target = new_host_key("not-the-target")
     write_host_key(tmp_path, stranger)
@@ -145,8 +145,10 @@ def test_a_worker_without_a_good_key_is_told_so(fleet: Fleet, tmp_path: Path) ->
     worker = Process(["service", "draft", "--instance", "odd", *fleet.options("draft.odd.drafter=ngram", keys)])
     line = worker.wait_for("refused_by_server")
     assert f"draftwire keys authorize stranger {stranger.public} --role" in line
-    worker.stop()
     assert fleet.complete(PROMPT, draft="none").final["stop"]
+    authorize(fleet.settings.network.key_path, "stranger", stranger.public, ["draft"])
+    worker.wait_for("router_connected")
+    worker.stop()
 
 
 def fleet_key(fleet: Fleet) -> str:

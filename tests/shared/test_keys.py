@@ -83,6 +83,11 @@ def test_systemd_s_credential_comes_first(tmp_path: Path, monkeypatch: pytest.Mo
     found = load_host_key(tmp_path / "disk")
     assert found is not None
     assert found.name == "credential"
+    credential.chmod(0o640)
+    credential.write_text("none")  # from the unit, which found no key
+    found = load_host_key(tmp_path / "disk")
+    assert found is not None
+    assert found.name == "disk"
     credential.unlink()
     found = load_host_key(tmp_path / "disk")
     assert found is not None

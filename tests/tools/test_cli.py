@@ -41,6 +41,10 @@ COMMANDS = (
     "api-keys list",
     "api-keys limits",
     "api-keys revoke",
+    "units",
+    "units render",
+    "units install",
+    "units uninstall",
 )
 
 
@@ -104,7 +108,10 @@ def test_help_lists_every_command() -> None:
         "perplexity",
         "estimate",
         "bench",
+        "config",
+        "keys",
         "api-keys",
+        "units",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 
