@@ -7,6 +7,7 @@ at most half of the round trip, however unequal the two ways are. Pure, but for 
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -71,18 +72,34 @@ class ClockWatch:
         return (*self._settled, latest) if latest is not None else ()
 
 
-def offset_at(estimates: Sequence[Estimate], peer_ns: int) -> Estimate:
-    """The offset when the peer's clock said peer_ns: between two estimates on the line through them, beyond the first
-    and the last as there. Its uncertainty is the larger one of the two. estimates: at least one, oldest first.
+def _on_peer(estimate: Estimate) -> int:
+    """Its time on the peer's clock."""
+    return estimate.at_ns + estimate.offset_ns
+
+
+class ClockMap:
+    """A peer's clock in terms of ours, by estimates; none: it is the same clock.
+
+    Between two estimates the offset is on the line through them, before the first and after the last as there.
     """
-    after = next((i for i, e in enumerate(estimates) if e.at_ns + e.offset_ns >= peer_ns), len(estimates))
-    if after == 0 or after == len(estimates):
-        nearest = estimates[min(after, len(estimates) - 1)]
-        return Estimate(peer_ns - nearest.offset_ns, nearest.offset_ns, nearest.uncertainty_ns)
-    left, right = estimates[after - 1], estimates[after]
-    begin, end = left.at_ns + left.offset_ns, right.at_ns + right.offset_ns
-    offset = left.offset_ns + (right.offset_ns - left.offset_ns) * (peer_ns - begin) // max(1, end - begin)
-    return Estimate(peer_ns - offset, offset, max(left.uncertainty_ns, right.uncertainty_ns))
+
+    def __init__(self, estimates: Sequence[Estimate]) -> None:
+        self._estimates = sorted(estimates, key=_on_peer) or [Estimate(0, 0, 0)]
+        self._peer_ns = [_on_peer(estimate) for estimate in self._estimates]
+
+    def at(self, peer_ns: int) -> Estimate:
+        """What holds when the peer's clock says peer_ns; its at_ns is that time on our clock."""
+        after = bisect.bisect_left(self._peer_ns, peer_ns)
+        left, right = self._estimates[max(0, after - 1)], self._estimates[min(after, len(self._estimates) - 1)]
+        offset = left.offset_ns
+        if left is not right:
+            begin, end = self._peer_ns[after - 1 : after + 1]
+            offset += (right.offset_ns - offset) * (peer_ns - begin) // (end - begin)
+        return Estimate(peer_ns - offset, offset, max(left.uncertainty_ns, right.uncertainty_ns))
+
+    def ours(self, peer_ns: int) -> int:
+        """The peer's time on our clock."""
+        return self.at(peer_ns).at_ns
 
 
 def clock_id() -> str:

@@ -63,8 +63,8 @@ _ROUND = (
 _TURNAROUND = (
     ("engine thread -> event loop", "verifier.ask end", "verifier.commit begin"),
     ("verifier -> router", "verifier.commit begin", "router.commit begin"),
-    ("router -> draft", "router.commit begin", "draft.commit end"),
-    ("draft: wake, draft a token", "draft.commit end", "draft.draft end"),
+    ("router -> draft", "router.commit begin", "draft.commit begin"),
+    ("draft: wake, draft a token", "draft.commit begin", "draft.draft end"),
     ("draft -> router", "draft.draft end", "router.proposal begin"),
     ("router -> verifier", "router.proposal begin", "verifier.proposal begin"),
 )
@@ -168,7 +168,7 @@ def _turnaround(edges: Sequence[Edge]) -> tuple[Hop, ...]:
     for edge in edges:
         by_name[edge.name].append(edge.time_ns)
     commits = {(e.session, e.position): e.time_ns for e in edges if e.name == "router.commit begin"}
-    arrived = {(e.session, e.position): e.time_ns for e in edges if e.name == "draft.commit end"}
+    arrived = {(e.session, e.position): e.time_ns for e in edges if e.name == "draft.commit begin"}
     legs: list[list[float]] = [[] for _ in _TURNAROUND]
     totals: list[float] = []
     for committing in (e for e in edges if e.name == "verifier.commit begin"):

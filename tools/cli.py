@@ -19,6 +19,7 @@ import typer
 from shared.errors import DraftwireError, ModelError, SettingsError
 from tools.cli_bench import bench_app
 from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, settings_of
+from tools.cli_trace import trace_command
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 app.add_typer(bench_app, name="bench")
+app.command("trace")(trace_command)
 
 
 def _print_version(wanted: bool) -> None:

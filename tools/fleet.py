@@ -11,13 +11,16 @@ import random
 import time
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from shared.errors import DraftwireError, RequestError, SettingsError, WireError
 from shared.messages import Status
 from shared.settings import Settings
 from tools.supervisor import read_gateway_file
+
+if TYPE_CHECKING:
+    import zmq
 
 _START_IT = "start one with `draftwire up`"
 
@@ -210,6 +213,21 @@ def router_status(settings: Settings, timeout_s: float = 1.0) -> Any:
     return ask_router(settings, GetStatus(random.getrandbits(63)), Status, timeout_s)
 
 
+def dial(
+    context: zmq.Context[zmq.Socket[bytes]], settings: Settings, service: Literal["router", "tokenizer", "sampler"]
+) -> zmq.Socket[bytes]:
+    """A socket to ask a service with; who opens it closes it."""
+    import zmq
+
+    from shared import wire
+
+    sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    sock.linger = 0
+    sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
+    sock.connect(settings.endpoint(service))
+    return sock
+
+
 def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float = 1.0) -> Any:
     """The router's answer to a message, of the kind that is expected; None when it does not come in time.
 
@@ -220,10 +238,7 @@ def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float =
 
     from shared import wire
 
-    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-        sock.linger = 0
-        sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
-        sock.connect(settings.endpoint("router"))
+    with zmq.Context() as context, dial(context, settings, "router") as sock:
         sock.send_multipart(wire.encode(question))
         while sock.poll(int(timeout_s * 1000)):
             try:

@@ -69,11 +69,13 @@ class DraftService(Service):
         )
 
     def _receive(self, _peer: bytes, message: Any) -> None:
-        if isinstance(message, Commit):
-            trace.mark("draft.commit", message.session, message.start, len(message.tokens), message.n_accepted)
+        began = time.monotonic_ns()
         # A commit that finds no room leaves a gap, which the next one shows: the session is opened again.
         if not self._mailbox.put(message, force=isinstance(message, Close)) and isinstance(message, OpenDraft):
             self._send([Error(message.session, "overloaded", "this draft worker is not keeping up", "", 1)])
+        if isinstance(message, Commit):
+            n, accepted = len(message.tokens), message.n_accepted
+            trace.span("draft.commit", began, message.session, message.start, n, accepted)
 
     def _router_lost(self, reason: str) -> None:
         self.log.warning("sessions_dropped", reason=reason)

@@ -67,8 +67,7 @@ class Worker:
         for session, before in zip(ready, cached, strict=True):
             read, n = session.cached - before, len(session.prefix) - starts[session.id]
             if read or n:
-                # As the drafters book it: more than a window of tokens at once are a prompt.
-                name = "draft.prefill" if read > session.window else "draft.draft"
+                name = "draft.prefill" if before < session.n_opened and read > 1 else "draft.draft"
                 trace.span(name, began, session.id, starts[session.id], read, n)
         if drafted:
             self._emit([session.proposal(starts[session.id]) for session in drafted])

@@ -47,6 +47,8 @@ class DraftSession:
         self.window = opened.window
         self.prefix = TokenPrefix(opened.tokens.tolist())
         self.committed = len(self.prefix)
+        self.n_opened = self.committed
+        """Tokens that it was opened with."""
         self.cached = 0
         """How many positions of the drafter's cache hold the prefix."""
         self.slot = -1
