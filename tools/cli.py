@@ -35,7 +35,6 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 app.add_typer(bench_app, name="bench")
-app.command("trace")(trace_command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -293,6 +292,9 @@ def explain(
         print(json.dumps(explanation_json(explanation), indent=2))
     else:
         print_explanation(explanation, steps, Console(markup=False, highlight=False))
+
+
+app.command("trace")(trace_command)
 
 
 @app.command()

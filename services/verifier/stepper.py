@@ -140,7 +140,7 @@ class Stepper:
             taking_part.append((session, share))
         n_rows = sum(share.pending + share.n_proposals for _, share in taking_part)
         began = time.monotonic_ns()
-        started = began // 1000
+        started = monotonic_us()
         try:
             logits = with_eviction(self._engine, self._slots, lambda: self._engine.forward(chunks))
         except EngineError as error:
