@@ -28,10 +28,10 @@ def trace_command(
     overrides: SetOption = None,
     run_dir: RunDirOption = None,
 ) -> None:
-    """Write what every process did for a generation as a Perfetto trace.
+    """Write a picture of what every process did for a generation.
 
-    A picture to look at, of one of the last sessions, also while it runs; nothing needs to be switched on before. Run
-    it on the target's host, and open the file at ui.perfetto.dev (nothing is uploaded) or chrome://tracing.
+    A Chrome / Perfetto trace of one of the last sessions, also while it runs; nothing needs to be switched on before.
+    Run it on the target's host, and open the file at ui.perfetto.dev (nothing is uploaded) or chrome://tracing.
     docs/trace.md explains the picture. It holds times, positions and counts, no text and no token.
 
     A table says what each process gave and how far its clock is from the router's; who does not answer is named there

@@ -251,8 +251,16 @@ def _ask_directly(
 
 def _label(source: TraceSource | Trace) -> str:
     """As it is shown: draft workers by their names."""
-    name = source.role if source.instance in ("", source.role) else f"{source.role} {source.instance}"
+    return _shown(source.role if source.instance in ("", source.role) else f"{source.role} {source.instance}")
+
+
+def _shown(name: str) -> str:
+    """What another host says of itself, for a terminal."""
     return "".join(c if c.isprintable() else "?" for c in name)
+
+
+def _title(part: Part) -> str:
+    return f"{part.label} ({part.trace.pid} on {_shown(part.trace.host)})"
 
 
 def _part(trace: Trace, estimates: Sequence[Estimate], clock_id: str) -> Part:
@@ -305,8 +313,7 @@ def trace_json(collected: Collected) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     places: dict[int, tuple[int, int]] = {}  # process and track of a moment, by its identity
     for pid, part in enumerate(collected.parts, 1):
-        title = f"{part.label} ({part.trace.pid} on {part.trace.host})"
-        events.append(_metadata(pid, 0, "process_name", {"name": title}))
+        events.append(_metadata(pid, 0, "process_name", {"name": _title(part)}))
         events.append(_metadata(pid, 0, "process_sort_index", {"sort_index": pid}))
         tracks = {track: tid for tid, track in enumerate(sorted({m.track for m in part.moments}), 1)}
         for track, tid in tracks.items():
@@ -440,7 +447,7 @@ def print_collected(collected: Collected, console: Console) -> None:
         offset = part.offset
         ahead = "the same clock" if part.same_clock else f"{offset.offset_ns / 1e9:,.6f} s"
         table.add_row(
-            f"{part.label} ({part.trace.pid} on {part.trace.host})",
+            _title(part),
             str(len(part.moments)),
             "" if part.trace.role == "router" else ahead,
             "" if part.same_clock else f"{offset.uncertainty_ns / 1000:,.0f} us",

@@ -244,6 +244,7 @@ class GatewayService(Service):
         message = _generate_message(next(self._requests), tokens, completion, vocabulary.eog_ids)
         if not self.router.connected:
             raise unavailable("the router is not connected")
+        asking = time.monotonic_ns()
         if not self.router.send(message):
             raise unavailable("the router takes no more messages")
         generation = Generation(message.request, len(tokens), lambda: self._give_up(exchange))
@@ -251,8 +252,8 @@ class GatewayService(Service):
         # Its number, by which marks are found, is new.
         trace.record("gateway.read", exchange.arrived_ns, began, message.request)
         trace.record("gateway.encode", began, encoded, message.request, 0, len(tokens))
-        exchange.sent_ns = time.monotonic_ns()
-        trace.mark("gateway.generate", message.request, 0, len(tokens))
+        trace.span("gateway.generate", asking, message.request, 0, len(tokens))
+        exchange.sent_ns = asking
         self._exchanges[message.request] = exchange
         transcript = Transcript(generation, self.tokenizer, completion.stop, lambda: self._cancel(message.request))
         try:
