@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shared.fields import Array, Range
 from shared.sampling.params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_CONTEXT = 1 << 20
 MAX_RUN = 64
@@ -27,6 +27,9 @@ MAX_STEP_SESSIONS = 256
 MAX_TEXT = 8 << 20
 MAX_U32 = 2**32 - 1
 MAX_MICROS = 2**53
+MAX_MARKS = 1 << 16
+"""Most marks in one `Trace`."""
+MAX_SOURCES = 1024
 
 U32 = Annotated[int, Range(0, MAX_U32)]
 U64 = Annotated[int, Range(0, 2**64 - 1)]
@@ -34,6 +37,8 @@ VocabSize = Annotated[int, Range(0, 1 << 24)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 Position = Annotated[int, Range(0, MAX_CONTEXT)]
 Micros = Annotated[int, Range(0, MAX_MICROS)]
+ClockNanos = Annotated[int, Range(0, 2**62)]
+OffsetNanos = Annotated[int, Range(-(2**62), 2**62)]
 Name = Annotated[str, Range(0, 200)]
 Sentence = Annotated[str, Range(0, 4000)]
 Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
@@ -45,6 +50,7 @@ MAX_Q = 1024
 DraftIds = Annotated[npt.NDArray[np.int32], Array("int32", 1, MAX_RUN * MAX_Q)]
 DraftProbs = Annotated[npt.NDArray[np.float32], Array("float32", 1, MAX_RUN * MAX_Q)]
 DoubleArray = Annotated[npt.NDArray[np.float64], Array("float64", 1, 1 << 20)]
+MarkRows = Annotated[npt.NDArray[np.int64], Array("int64", 2, 9 * MAX_MARKS)]
 IdRows = Annotated[npt.NDArray[np.int32], Array("int32", 2, 1 << 24)]
 FloatRows = Annotated[npt.NDArray[np.float32], Array("float32", 2, 1 << 26)]
 
@@ -91,16 +97,20 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Router -> peer, every heartbeat. sent_ns: the router's monotonic clock, to be returned as it is."""
+    """Router -> peer, every heartbeat; CLI -> router, tokenizer or sampler.
+
+    sent_ns: the asker's monotonic clock, to be returned as it is.
+    """
 
     sent_ns: U64
 
 
 @dataclass(frozen=True, slots=True)
 class Pong:
-    """Peer -> router: answer to Ping."""
+    """Answer to Ping. clock_ns: the answerer's own monotonic clock; 0: not given."""
 
     sent_ns: U64
+    clock_ns: ClockNanos = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,6 +631,76 @@ class Explanation:
     decisions: Annotated[tuple[StepDecision, ...], Range(0, 4096)]
 
 
+@dataclass(frozen=True, slots=True)
+class GetTrace:
+    """What was recorded of a session? CLI -> router -> those that worked on it; CLI -> tokenizer or sampler.
+
+    session: its id, 0: to the router the one opened last, to others none; to a gateway the number of its request, under
+    which it records. since_ns, until_ns: by the answerer's clock, the time of which marks of no session are wanted, as
+    are those in the time of the session's own.
+    """
+
+    ref: U64
+    session: U64
+    since_ns: ClockNanos = 0
+    until_ns: ClockNanos = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClockEstimate:
+    """At at_ns of the router's clock a peer's was ahead by offset_ns, with an error of at most uncertainty_ns."""
+
+    at_ns: OffsetNanos
+    offset_ns: OffsetNanos
+    uncertainty_ns: ClockNanos
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSource:
+    """Who worked on a session. missing: why it cannot be asked, or empty. clock: estimates, oldest first."""
+
+    role: Name
+    instance: Name
+    missing: Sentence
+    clock: Annotated[tuple[ClockEstimate, ...], Range(0, 256)] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSources:
+    """Router -> CLI, first answer to GetTrace; a `Trace` of each source that is not missing follows, in any order.
+
+    session: its id. sources: none: the session is not known (any more); otherwise the router itself is the first.
+    """
+
+    ref: U64
+    session: U64
+    sources: Annotated[tuple[TraceSource, ...], Range(0, MAX_SOURCES)]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one process recorded (`shared/trace.py`). clock: equal where two processes read the same clock, or empty.
+
+    now_ns: its clock. kinds: the marks' names. threads: names. marks: [n, 9] int64, by their ends: begin and duration
+    in nanoseconds of its clock, index in kinds, index in threads, 1 if it is of the session and 0 if of none, position,
+    and the mark's three numbers. n_cut: older ones left out of this message. oldest_ns: 0, or, if older marks were
+    overwritten, the begin of the oldest there is.
+    """
+
+    ref: U64
+    role: Name
+    instance: Name
+    pid: U32
+    host: Name
+    clock: Name
+    now_ns: ClockNanos
+    kinds: Annotated[tuple[Name, ...], Range(0, 256)]
+    threads: Annotated[tuple[Name, ...], Range(0, 4096)]
+    marks: MarkRows
+    n_cut: U32
+    oldest_ns: ClockNanos
+
+
 Message = (
     Hello | Welcome | Ping | Pong | Goodbye | Error
     | Describe | Description | Encode | Encoded | Decode | Decoded
@@ -628,4 +708,5 @@ Message = (
     | OpenTarget | Close | Proposal | Commit | StepReport | OpenDraft
     | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
     | GetStatus | Status | GetExplanation | Explanation
+    | GetTrace | TraceSources | Trace
 )  # fmt: skip

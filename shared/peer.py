@@ -1,7 +1,8 @@
 """A peer's side of its connection to the router: registration, heartbeats, and noticing that either has restarted.
 
 Used by the gateway, the verifier and the draft workers alike. The peer introduces itself until it is welcomed, answers
-pings, and introduces itself again when the router says that it does not know it, or falls silent.
+pings, says what it has recorded, and introduces itself again when the router says that it does not know it, or falls
+silent.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import replace
 
 import zmq
 
+from shared import trace
 from shared.errors import SettingsError
-from shared.messages import Error, Goodbye, Hello, Message, Ping, Pong, Welcome
+from shared.messages import Error, GetTrace, Goodbye, Hello, Message, Ping, Pong, Welcome
 from shared.service import Handler, Service
 
 UNKNOWN_PEER = "unknown_peer"
@@ -56,7 +58,13 @@ class RouterConnection:
         self._link = service.link(
             "router",
             zmq.DEALER,
-            {**handlers, Welcome: self._welcome, Ping: self._ping, Error: self._error},
+            {
+                **handlers,
+                Welcome: self._welcome,
+                Ping: self._ping,
+                GetTrace: self._get_trace,
+                Error: self._error,
+            },
         )
         self._link.connect(endpoint)
         self._endpoint = endpoint
@@ -108,7 +116,10 @@ class RouterConnection:
 
     def _ping(self, _peer: bytes, message: Ping) -> None:
         self._heard = time.monotonic()
-        self._link.send(Pong(message.sent_ns))
+        self._link.send(Pong(message.sent_ns, time.monotonic_ns()))
+
+    def _get_trace(self, _peer: bytes, message: GetTrace) -> None:
+        self._link.send(trace.answer(message, self._service.name, self._service.instance))
 
     def _error(self, peer: bytes, message: Error) -> None:
         if message.code == UNKNOWN_PEER:

@@ -148,7 +148,7 @@ class NetworkSettings:
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Everything a host's services need. draft: a table per draft worker, [draft.NAME]; none: one named "model".
-    trace_dir: where each process writes its trace when it ends (`shared/trace.py`); empty: no trace.
+    trace_dir: where each process writes its marks when it ends (`shared/trace.py`); empty: nowhere.
     """
 
     run_dir: str = ""

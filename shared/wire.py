@@ -331,6 +331,6 @@ def _schema(cls: type) -> _Schema:
     return _Schema(cls, cls.__name__, packers, checks)
 
 
-_DTYPES = {name: np.dtype(name) for name in ("int32", "float32", "float64")}
+_DTYPES = {name: np.dtype(name) for name in ("int32", "int64", "float32", "float64")}
 _SCHEMAS: dict[type, _Schema] = {cls: _schema(cls) for cls in get_args(messages.Message)}
 _BY_NAME: dict[str, _Schema] = {schema.name: schema for schema in _SCHEMAS.values()}

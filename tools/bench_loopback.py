@@ -13,7 +13,7 @@ import itertools
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,22 +52,42 @@ class LoopbackBench:
 
 
 _ROUND = (
-    ("plan: take messages, choose rows", "verifier.decided", "verifier.planned"),
-    ("engine (takes no time)", "verifier.planned", "verifier.computed"),
-    ("top-K, message", "verifier.computed", "verifier.asking"),
-    ("encode, send", "verifier.asking", "verifier.asked"),
-    ("verifier -> sampler", "verifier.asked", "sampler.asked"),
-    ("sampler: decode, decide", "sampler.asked", "sampler.decided"),
-    ("sampler -> verifier", "sampler.decided", "verifier.decided"),
+    ("plan: take messages, choose rows", "verifier.ask end", "verifier.forward begin"),
+    ("engine (takes no time)", "verifier.forward begin", "verifier.forward end"),
+    ("top-K, message", "verifier.forward end", "verifier.ask begin"),
+    ("encode, send", "verifier.ask begin", "verifier.asked end"),
+    ("verifier -> sampler", "verifier.asked end", "sampler.decide begin"),
+    ("sampler: decode, decide", "sampler.decide begin", "sampler.decide end"),
+    ("sampler -> verifier", "sampler.decide end", "verifier.ask end"),
 )
 _TURNAROUND = (
-    ("engine thread -> event loop", "verifier.decided", "verifier.committing"),
-    ("verifier -> router", "verifier.committing", "router.commit"),
-    ("router -> draft", "router.commit", "draft.commit"),
-    ("draft: wake, draft a token", "draft.commit", "draft.drafted"),
-    ("draft -> router", "draft.drafted", "router.proposal"),
-    ("router -> verifier", "router.proposal", "verifier.proposal"),
+    ("engine thread -> event loop", "verifier.ask end", "verifier.commit begin"),
+    ("verifier -> router", "verifier.commit begin", "router.commit begin"),
+    ("router -> draft", "router.commit begin", "draft.commit begin"),
+    ("draft: wake, draft a token", "draft.commit begin", "draft.draft end"),
+    ("draft -> router", "draft.draft end", "router.proposal begin"),
+    ("router -> verifier", "router.proposal begin", "verifier.proposal begin"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A mark's begin or end. name: the mark's, then "begin" or "end"."""
+
+    time_ns: int
+    name: str
+    session: int
+    position: int
+
+
+def _edges(marks: Iterable[Mark]) -> list[Edge]:
+    """Of all marks, in the order of time."""
+    edges = [
+        Edge(time_ns, f"{mark.name} {which}", mark.session, mark.position)
+        for mark in marks
+        for time_ns, which in ((mark.begin_ns, "begin"), (mark.end_ns, "end"))
+    ]
+    return sorted(edges, key=lambda edge: edge.time_ns)
 
 
 def bench_loopback(
@@ -99,9 +119,9 @@ def bench_loopback(
                 for event in gateway.stream("/completion", body):
                     if event["stop"]:
                         accepted.append(event["draftwire"]["mean_acceptance_length"] - 1)
-        marks = sorted(trace.read(Path(directory)), key=lambda mark: mark.time_ns)
-    rounds, n_rounds = _rounds(marks)
-    return LoopbackBench(rounds, _turnaround(marks), n_rounds, float(np.mean(accepted)))
+        edges = _edges(trace.read(Path(directory)))
+    rounds, n_rounds = _rounds(edges)
+    return LoopbackBench(rounds, _turnaround(edges), n_rounds, float(np.mean(accepted)))
 
 
 def print_loopback(bench: LoopbackBench, console: Console) -> None:
@@ -120,48 +140,48 @@ def print_loopback(bench: LoopbackBench, console: Console) -> None:
     )
 
 
-def _rounds(marks: Sequence[Mark]) -> tuple[tuple[Hop, ...], int]:
+def _rounds(edges: Sequence[Edge]) -> tuple[tuple[Hop, ...], int]:
     """Legs of every whole cycle verdict -> verdict."""
-    order = [start for _, start, _ in _ROUND] + ["verifier.decided"]
+    order = [start for _, start, _ in _ROUND] + ["verifier.ask end"]
     legs: list[list[float]] = [[] for _ in _ROUND]
     totals: list[float] = []
     times: list[int] = []
-    for mark in marks:
-        if times and mark.name == order[len(times)]:
-            times.append(mark.time_ns)
+    for edge in edges:
+        if times and edge.name == order[len(times)]:
+            times.append(edge.time_ns)
             if len(times) == len(order):
                 for leg, (start, end) in zip(legs, itertools.pairwise(times), strict=True):
                     leg.append((end - start) / 1e3)
                 totals.append((times[-1] - times[0]) / 1e3)
-                times = [mark.time_ns]
-        elif mark.name == "verifier.decided":
-            times = [mark.time_ns]  # a session's first verdict: its prefill is no round
-        elif mark.name == "verifier.computed" and times and len(times) < 2:
+                times = [edge.time_ns]
+        elif edge.name == "verifier.ask end":
+            times = [edge.time_ns]  # a session's first verdict: its prefill is no round
+        elif edge.name == "verifier.forward end" and times and len(times) < 2:
             times = []
     hops = [Hop(name, np.array(leg)) for (name, _, _), leg in zip(_ROUND, legs, strict=True)]
     return (*hops, Hop("round", np.array(totals))), len(totals)
 
 
-def _turnaround(marks: Sequence[Mark]) -> tuple[Hop, ...]:
+def _turnaround(edges: Sequence[Edge]) -> tuple[Hop, ...]:
     """Legs from each verdict's commit to the first proposal after it."""
     by_name: dict[str, list[int]] = defaultdict(list)
-    for mark in marks:
-        by_name[mark.name].append(mark.time_ns)
-    commits = {(m.session, m.position): m.time_ns for m in marks if m.name == "router.commit"}
-    arrived = {(m.session, m.position): m.time_ns for m in marks if m.name == "draft.commit"}
+    for edge in edges:
+        by_name[edge.name].append(edge.time_ns)
+    commits = {(e.session, e.position): e.time_ns for e in edges if e.name == "router.commit begin"}
+    arrived = {(e.session, e.position): e.time_ns for e in edges if e.name == "draft.commit begin"}
     legs: list[list[float]] = [[] for _ in _TURNAROUND]
     totals: list[float] = []
-    for committing in (m for m in marks if m.name == "verifier.committing"):
+    for committing in (e for e in edges if e.name == "verifier.commit begin"):
         key = (committing.session, committing.position)
         if key not in commits or key not in arrived:
             continue
         times = [
-            _last(by_name["verifier.decided"], committing.time_ns),
+            _last(by_name["verifier.ask end"], committing.time_ns),
             committing.time_ns,
             commits[key],
             arrived[key],
         ]
-        for name in ("draft.drafted", "router.proposal", "verifier.proposal"):
+        for name in ("draft.draft end", "router.proposal begin", "verifier.proposal begin"):
             times.append(_next(by_name[name], times[-1]))
         if None in times:
             continue

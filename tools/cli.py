@@ -34,6 +34,7 @@ from tools.cli_options import (
     credentials_of,
     settings_of,
 )
+from tools.cli_trace import trace_command
 from tools.cli_units import units_app
 
 if TYPE_CHECKING:
@@ -325,6 +326,9 @@ def explain(
         print(json.dumps(explanation_json(explanation), indent=2))
     else:
         print_explanation(explanation, steps, Console(markup=False, highlight=False))
+
+
+app.command("trace")(trace_command)
 
 
 @app.command()

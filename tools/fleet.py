@@ -14,13 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from shared.errors import DraftwireError, RequestError, SettingsError, WireError
 from shared.messages import Status
 from shared.settings import Settings
 from tools.supervisor import GatewayAddress, read_gateway_file
+
+if TYPE_CHECKING:
+    import zmq
 
 _START_IT = "start one with `draftwire up`"
 
@@ -312,6 +315,29 @@ def router_status(settings: Settings, timeout_s: float = 1.0) -> Any:
     return ask_router(settings, GetStatus(random.getrandbits(63)), Status, timeout_s)
 
 
+def dial(
+    context: zmq.Context[zmq.Socket[bytes]], settings: Settings, service: Literal["router", "tokenizer", "sampler"]
+) -> zmq.Socket[bytes]:
+    """A socket to ask a service with; who opens it closes it. Errors: `SettingsError`, of endpoint and keys."""
+    import zmq
+
+    from shared import wire
+    from shared.curve import Keys
+
+    sock: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    try:
+        sock.linger = 0
+        sock.ipv6 = True
+        sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
+        endpoint = settings.endpoint(service)
+        Keys(settings, lambda *_event, **_fields: None).secure_client(sock, endpoint)
+        sock.connect(endpoint)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float = 1.0) -> Any:
     """The router's answer to a message, of the kind that is expected; None when it does not come in time.
 
@@ -321,15 +347,8 @@ def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float =
     import zmq
 
     from shared import wire
-    from shared.curve import Keys
 
-    with zmq.Context() as context, context.socket(zmq.DEALER) as sock:
-        sock.linger = 0
-        sock.maxmsgsize = wire.MAX_MESSAGE_BYTES
-        sock.ipv6 = True
-        endpoint = settings.endpoint("router")
-        Keys(settings, lambda *_event, **_fields: None).secure_client(sock, endpoint)
-        sock.connect(endpoint)
+    with zmq.Context() as context, dial(context, settings, "router") as sock:
         sock.send_multipart(wire.encode(question))
         while sock.poll(int(timeout_s * 1000)):
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -13,7 +14,7 @@ from services.draft.worker import Worker
 from shared import trace
 from shared.engine.registry import load_engine
 from shared.errors import SettingsError
-from shared.messages import Close, Commit, Error, Hello, Message, OpenDraft
+from shared.messages import Close, Commit, Error, Hello, Message, OpenDraft, Proposal
 from shared.peer import RouterConnection
 from shared.service import EngineThread, Mailbox, Service, version
 from shared.settings import Settings
@@ -68,11 +69,13 @@ class DraftService(Service):
         )
 
     def _receive(self, _peer: bytes, message: Any) -> None:
-        if isinstance(message, Commit):
-            trace.mark("draft.commit", message.session, message.start)
+        began = time.monotonic_ns()
         # A commit that finds no room leaves a gap, which the next one shows: the session is opened again.
         if not self._mailbox.put(message, force=isinstance(message, Close)) and isinstance(message, OpenDraft):
             self._send([Error(message.session, "overloaded", "this draft worker is not keeping up", "", 1)])
+        if isinstance(message, Commit):
+            n, accepted = len(message.tokens), message.n_accepted
+            trace.span("draft.commit", began, message.session, message.start, n, accepted)
 
     def _router_lost(self, reason: str) -> None:
         self.log.warning("sessions_dropped", reason=reason)
@@ -94,8 +97,10 @@ class DraftService(Service):
     def _send(self, messages: Sequence[Message]) -> None:
         assert self._connection is not None
         for message in messages:
+            began = time.monotonic_ns()
             # A proposal that cannot be queued is lost; the next commit shows it, and it is sent again.
-            self._connection.send(message)
+            if self._connection.send(message) and isinstance(message, Proposal):
+                trace.span("draft.proposal", began, message.session, message.start, len(message.tokens))
 
     # -- engine thread --
 

@@ -5,6 +5,7 @@ Runs on the engine thread and owns the drafter and the sessions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +55,8 @@ class Worker:
         if not ready:
             return False
         starts = {s.id: len(s.prefix) for s in ready}
+        cached = [s.cached for s in ready]
+        began = time.monotonic_ns()
         try:
             drafted = self._drafter.draft(ready)
         except EngineError as error:
@@ -61,9 +64,12 @@ class Worker:
                 raise
             self._no_room(error)
             return True
+        for session, before in zip(ready, cached, strict=True):
+            read, n = session.cached - before, len(session.prefix) - starts[session.id]
+            if read or n:
+                name = "draft.prefill" if before < session.n_opened and read > 1 else "draft.draft"
+                trace.span(name, began, session.id, starts[session.id], read, n)
         if drafted:
-            for session in drafted:
-                trace.mark("draft.drafted", session.id, starts[session.id])
             self._emit([session.proposal(starts[session.id]) for session in drafted])
         return True
 
@@ -77,6 +83,7 @@ class Worker:
         self._emit([Error(newest, error.code, error.message, error.remedy)])
 
     def _open(self, message: OpenDraft) -> None:
+        began = time.monotonic_ns()
         self._close(message.session)
         n_ctx = self._drafter.info.n_ctx or MAX_CONTEXT
         session = DraftSession(message, n_ctx)
@@ -85,6 +92,7 @@ class Worker:
             self._emit([Error(session.id, "context_exceeded", reason, "raise n_ctx of this draft worker's engine")])
         elif self._drafter.open(session):
             self._sessions[session.id] = session
+            trace.span("draft.opened", began, session.id, len(session.prefix), len(message.tokens), session.cached)
         else:
             self._emit([Error(session.id, "no_slot", "all slots of this draft worker are in use", "raise n_slots")])
 
@@ -92,12 +100,18 @@ class Worker:
         session = self._sessions.get(message.session)
         if session is None:
             return
+        began = time.monotonic_ns()
         try:
             again = session.commit(message)
         except LostCommit:
             self._close(session.id)
             self._emit([Error(session.id, "lost_commit", "a commit of this session was lost", "open it again")])
             return
+        n = len(message.tokens)
+        if session.n_rolled_back:
+            trace.span("draft.rollback", began, session.id, message.start, n, session.n_rolled_back)
+        else:
+            trace.span("draft.keep", began, session.id, message.start, n)
         if again is not None:
             self._emit([again])
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from services.gateway.errors import ApiError
 from services.gateway.stopping import StopMatcher
+from shared import trace
 from shared.messages import Decoded, DraftStats, Finished, TargetStats, Tokens
 
 StopType = Literal["eos", "limit", "word"]
@@ -188,7 +189,9 @@ class Transcript:
         pieces: tuple[str, ...] = ()
         if runs or (last and self._carry):
             tokens = np.array([token for run in runs for token in run.tokens], np.int32)
+            began = time.monotonic_ns()
             decoded = await self._detokenizer.decode(tokens, self._carry, last=last)
+            trace.span("gateway.detokenize", began, self._generation.request, 0, len(tokens))
             pieces, self._carry = decoded.pieces, decoded.carry
         deltas: list[Delta] = []
         at = 0

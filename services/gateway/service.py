@@ -39,6 +39,7 @@ from services.gateway.responses import compact
 from services.gateway.timings import speculation_report, timings
 from services.gateway.tls import leaf_of, server_context
 from services.gateway.tokenizer import TokenizerClient
+from shared import trace
 from shared.errors import SettingsError
 from shared.logs import Logger
 from shared.messages import (
@@ -81,12 +82,16 @@ _SEND_BUFFER = 128 << 10
 
 @dataclass(slots=True)
 class Exchange:
-    """One completion request, from its arrival to its log line. task: what answers it."""
+    """One completion request, from its arrival to its log line.
+
+    sent_ns: when the router was asked, 0 again with the first token. task: what answers it.
+    """
 
     endpoint: str
     caller: Caller = ANYBODY
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    arrived_at: float = field(default_factory=time.monotonic)
+    arrived_ns: int = field(default_factory=time.monotonic_ns)
+    sent_ns: int = 0
     status: int = 200
     code: str = ""
     seed: int | None = None
@@ -262,6 +267,7 @@ class GatewayService(Service):
     @asynccontextmanager
     async def generate(self, exchange: Exchange, completion: Completion) -> AsyncIterator[Transcript]:
         """Start a generation. Errors: `ApiError`, here for what is known at once and from the transcript later."""
+        began = time.monotonic_ns()
         vocabulary = self.tokenizer.describe()
         check_ids(completion, vocabulary.n_vocab)
         exchange.seed = completion.sampling.seed
@@ -269,6 +275,7 @@ class GatewayService(Service):
             tokens = await self.tokenizer.encode(completion.prompt)
         else:
             tokens = np.array(completion.prompt, np.int32)
+        encoded = time.monotonic_ns()
         exchange.n_prompt = len(tokens)
         if not len(tokens):
             raise bad_field("prompt", "encodes to no tokens", "empty_prompt")
@@ -277,10 +284,16 @@ class GatewayService(Service):
         message = _generate_message(next(self._requests), tokens, completion, vocabulary.eog_ids)
         if not self.router.connected:
             raise unavailable("the router is not connected")
+        asking = time.monotonic_ns()
         if not self.router.send(message):
             raise unavailable("the router takes no more messages")
         generation = Generation(message.request, len(tokens), lambda: self._give_up(exchange))
         exchange.generation = generation
+        # Its number, by which marks are found, is new.
+        trace.record("gateway.read", exchange.arrived_ns, began, message.request)
+        trace.record("gateway.encode", began, encoded, message.request, 0, len(tokens))
+        trace.span("gateway.generate", asking, message.request, 0, len(tokens))
+        exchange.sent_ns = asking
         self._exchanges[message.request] = exchange
         transcript = Transcript(generation, self.tokenizer, completion.stop, lambda: self._cancel(message.request))
         try:
@@ -306,11 +319,17 @@ class GatewayService(Service):
     # -- what the router says --
 
     def _on_tokens(self, _peer: bytes, message: Tokens) -> None:
+        began = time.monotonic_ns()
         exchange = self._exchanges.get(message.request)
         if exchange is not None and exchange.generation is not None:
             exchange.generation.put(message)
+            if exchange.sent_ns:
+                trace.record("gateway.first_token", exchange.sent_ns, began, message.request)
+                exchange.sent_ns = 0
+            trace.span("gateway.tokens", began, message.request, 0, len(message.tokens), message.n_accepted)
 
     def _on_finished(self, _peer: bytes, message: Finished) -> None:
+        trace.mark("gateway.finished", message.request)
         self._end(message.request, message)
 
     def _on_status(self, _peer: bytes, message: Status) -> None:
@@ -370,6 +389,8 @@ class GatewayService(Service):
         """The client has its answer, or is gone: end what the router still does for it, and log."""
         exchange.task = None
         generation = exchange.generation
+        if generation is not None:
+            trace.span("gateway.request", exchange.arrived_ns, generation.request, 0, exchange.n_prompt)
         if generation is None or generation.request not in self._exchanges:
             self._log_done(exchange)
             return
@@ -407,7 +428,7 @@ class GatewayService(Service):
             **({"api_key": exchange.caller.name} if exchange.caller.name else {}),
             seed=exchange.seed,
             n_prompt=exchange.n_prompt,
-            total_ms=round((time.monotonic() - exchange.arrived_at) * 1000, 3),
+            total_ms=round((time.monotonic_ns() - exchange.arrived_ns) / 1e6, 3),
             **measured,
             **speculation_report(target, draft),
             chunk=compact({"timings": plain}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from shared.clock import ClockWatch
 from shared.messages import Hello, Role
 from shared.routing.figures import FadingMean
 from shared.speculation.cost import StepCost
@@ -18,7 +19,7 @@ _PREFILL_HALF_LIFE_S, _MOST_PREFILL = 600.0, 20_000.0
 
 @dataclass(slots=True)
 class Peer:
-    """One registered peer. id: its routing id on `link_name`. sessions: those it works on.
+    """One registered peer. id: its routing id on `link_name`. sessions: those it works on. clock: against the router's.
 
     Of a verifier, step: what its steps cost, None until it has said so; prefill: its seconds a prompt token.
     """
@@ -30,6 +31,7 @@ class Peer:
     rtts_us: list[int] = field(default_factory=list)
     sessions: set[int] = field(default_factory=set)
     draining: bool = False
+    clock: ClockWatch = field(default_factory=ClockWatch)
     step: StepCost | None = None
     prefill: FadingMean = field(default_factory=lambda: FadingMean(_PREFILL_HALF_LIFE_S, _MOST_PREFILL))
 

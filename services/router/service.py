@@ -18,14 +18,18 @@ import zmq
 
 from services.router.assignment import Assignment
 from services.router.health import LOST_SESSIONS
+from services.router.held import Held, HeldSessions
 from services.router.peers import Peer, PeerTable
 from services.router.sessions import Session
 from services.router.status import status_of
 from services.router.workers import WorkerRecord, WorkerTable
 from shared import trace
+from shared.clock import RoundTrip
 from shared.errors import RequestError
 from shared.messages import (
+    MAX_SOURCES,
     Cancel,
+    ClockEstimate,
     Close,
     Commit,
     Error,
@@ -34,6 +38,7 @@ from shared.messages import (
     Generate,
     GetExplanation,
     GetStatus,
+    GetTrace,
     Goodbye,
     Hello,
     Message,
@@ -42,10 +47,14 @@ from shared.messages import (
     Ping,
     Pong,
     Proposal,
+    Role,
     Speculation,
     StepReport,
     TargetStats,
     Tokens,
+    Trace,
+    TraceSource,
+    TraceSources,
     Welcome,
 )
 from shared.peer import UNKNOWN_PEER
@@ -57,9 +66,7 @@ from shared.service import Handler, Link, Service, version
 from shared.settings import Settings
 
 LOCAL, DRAFTS = "local", "drafts"
-_MAX_ENDED = 256
-"""Sessions of which it is remembered who held them."""
-_MAX_QUESTIONS = 64
+_MAX_QUESTIONS = 1024
 
 _TARGET_PREFILL_PRIOR_S, _PREFILL_PRIOR_TOKENS = 1 / 250, 64
 
@@ -77,10 +84,9 @@ class RouterService(Service):
         self._policy = Policy(settings.router.exploration, random.Random())
         self._sessions: dict[int, Session] = {}
         self._requests: dict[tuple[bytes, int], int] = {}
-        self._verifiers: OrderedDict[int, Peer] = OrderedDict()
-        """Who held the last sessions, also those that have ended."""
+        self._held = HeldSessions()
         self._questions: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
-        """Who asked for an explanation, and by which reference, by the reference that the verifier got."""
+        """Who asked for an explanation or a trace, and by which reference, by the reference that was passed on."""
         self._sockets: dict[str, Link] = {}
 
     async def start(self) -> None:
@@ -95,6 +101,8 @@ class RouterService(Service):
                 GetStatus: self._on_status,
                 GetExplanation: self._on_get_explanation,
                 Explanation: self._on_explanation,
+                GetTrace: self._on_get_trace,
+                Ping: lambda peer, message: self._reply(LOCAL, peer, Pong(message.sent_ns, time.monotonic_ns())),
             },
         )
         self._sockets[DRAFTS] = self._bind(DRAFTS, self.settings.endpoint("drafts"), {Proposal: self._on_proposal})
@@ -109,6 +117,7 @@ class RouterService(Service):
                 Hello: lambda peer, message: self._on_hello(name, peer, message),
                 Pong: lambda peer, message: self._on_pong(name, peer, message),
                 Goodbye: lambda peer, message: self._on_goodbye(name, peer, message),
+                Trace: lambda peer, message: self._on_trace(name, peer, message),
                 Error: lambda peer, message: self._on_error(name, peer, message),
             },
             on_refused=lambda peer, error: self._on_refused(name, peer, error),
@@ -189,6 +198,8 @@ class RouterService(Service):
             peer.heard(now_ns / 1e9)
             if message.sent_ns <= now_ns:
                 peer.measured((now_ns - message.sent_ns) // 1000)
+                if message.clock_ns:
+                    peer.clock.observe(RoundTrip(message.sent_ns, message.clock_ns, now_ns))
                 if peer.hello.role == "draft" and peer.rtt_us is not None:
                     self._workers[peer.hello.instance].figures.rtt_s = peer.rtt_us / 1e6
 
@@ -294,6 +305,7 @@ class RouterService(Service):
     # -- sessions --
 
     def _on_generate(self, peer_id: bytes, message: Generate) -> None:
+        began = time.monotonic_ns()
         gateway = self._known(LOCAL, peer_id)
         if gateway is None:
             return
@@ -304,6 +316,7 @@ class RouterService(Service):
             self._send(gateway, Error(message.request, error.code, error.message, error.remedy, retry_s))
             return
         self._assign(session)
+        trace.span("router.generate", began, session.id, 0, len(message.tokens))
 
     def _open(self, gateway: Peer, message: Generate) -> Session:
         if self.draining:
@@ -342,9 +355,8 @@ class RouterService(Service):
         self._requests[gateway.id, message.request] = session.id
         gateway.sessions.add(session.id)
         verifier.sessions.add(session.id)
-        self._verifiers[session.id] = verifier
-        while len(self._verifiers) > _MAX_ENDED + len(self._sessions):
-            self._verifiers.pop(next(s for s in self._verifiers if s not in self._sessions))
+        held = Held(session.id, gateway, message.request, verifier)
+        self._held.add(held, self._sessions, len(self._sessions))
         opened = self._send(
             verifier,
             OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
@@ -427,6 +439,9 @@ class RouterService(Service):
         peer.sessions.add(session.id)
         tokens = np.array(session.tokens, np.int32)
         sampling: SamplingParams = session.request.sampling
+        trace.mark("router.assign", session.id, len(tokens), len(tokens))
+        if (held := self._held.get(session.id)) is not None:
+            held.workers[record.name] = None
         if not self._send(peer, OpenDraft(session.id, tokens, sampling, stop_tokens, window)):
             self._lose(peer, "its connection is gone", LOST_SESSIONS)
 
@@ -481,11 +496,11 @@ class RouterService(Service):
             self._assign_waiting()
 
     def _on_proposal(self, peer_id: bytes, message: Proposal) -> None:
+        began = time.monotonic_ns()
         peer = self._known(DRAFTS, peer_id)
         session = self._sessions.get(message.session)
         if peer is None or session is None or session.draft is not peer:
             return
-        trace.mark("router.proposal", session.id, message.start)
         record, now = self._workers[peer.hello.instance], time.monotonic()
         assert session.assignment is not None  # as long as it has a worker
         n_vocab = session.verifier.hello.n_vocab
@@ -498,12 +513,17 @@ class RouterService(Service):
             return
         session.drafted(message)
         self._send(session.verifier, message)
+        trace.span("router.proposal", began, session.id, message.start, len(message.tokens))
         if record.health.drafted(len(message.tokens), now):
             self.log.info("worker_readmitted", worker=record.name)
             self._offer(record)
 
     def _on_commit(self, peer_id: bytes, message: Commit) -> None:
-        trace.mark("router.commit", message.session, message.start)
+        began = time.monotonic_ns()
+        self._take_commit(peer_id, message)
+        trace.span("router.commit", began, message.session, message.start, len(message.tokens), message.n_accepted)
+
+    def _take_commit(self, peer_id: bytes, message: Commit) -> None:
         verifier = self._known(LOCAL, peer_id)
         session = self._sessions.get(message.session)
         if verifier is None:
@@ -626,21 +646,62 @@ class RouterService(Service):
         self._reply(LOCAL, peer_id, status)
 
     def _on_get_explanation(self, peer_id: bytes, message: GetExplanation) -> None:
-        session = message.session or next(reversed(self._verifiers), 0)
-        verifier = self._verifiers.get(session)
-        if verifier is None or self._peers.get(verifier.link_name, verifier.id) is not verifier:
+        held = self._held.get(message.session)
+        if held is None or not self._is_there(held.verifier):
+            session = held.session if held is not None else message.session
             self._reply(LOCAL, peer_id, Explanation(message.ref, session, False, Speculation(), ()))
             return
-        ref = random.getrandbits(63)
-        self._questions[ref] = peer_id, message.ref
+        self._send(held.verifier, GetExplanation(self._passed_on(peer_id, message.ref), held.session))
+
+    def _is_there(self, peer: Peer) -> bool:
+        return self._peers.get(peer.link_name, peer.id) is peer
+
+    def _passed_on(self, peer_id: bytes, ref: int) -> int:
+        """The reference under which somebody else is asked what a peer has asked."""
+        own = random.getrandbits(63)
+        self._questions[own] = peer_id, ref
         if len(self._questions) > _MAX_QUESTIONS:
             self._questions.popitem(last=False)
-        self._send(verifier, GetExplanation(ref, session))
+        return own
 
     def _on_explanation(self, peer_id: bytes, message: Explanation) -> None:
         asked = self._questions.pop(message.ref, None)
         if self._known(LOCAL, peer_id) is not None and asked is not None:
             self._reply(LOCAL, asked[0], replace(message, ref=asked[1]))
+
+    def _on_get_trace(self, peer_id: bytes, message: GetTrace) -> None:
+        held = self._held.get(message.session)
+        if held is None:
+            self._reply(LOCAL, peer_id, TraceSources(message.ref, message.session, ()))
+            return
+        sources = [TraceSource("router", self.instance, "")]
+        gateway = held.gateway if self._is_there(held.gateway) else None  # a new one counts its requests anew
+        sources.append(self._traced("gateway", held.gateway.hello.instance, gateway, peer_id, message, held.request))
+        others: list[tuple[Role, str]] = [("verifier", held.verifier.hello.instance)]
+        others.extend(("draft", name) for name in held.workers)
+        for role, name in others:
+            sources.append(self._traced(role, name, self._peers.named(role, name), peer_id, message, held.session))
+        self._reply(LOCAL, peer_id, TraceSources(message.ref, held.session, tuple(sources[:MAX_SOURCES])))
+        own = trace.answer(GetTrace(message.ref, held.session), self.name, self.instance)
+        self._reply(LOCAL, peer_id, own)
+
+    def _traced(
+        self, role: Role, name: str, peer: Peer | None, asker: bytes, question: GetTrace, number: int
+    ) -> TraceSource:
+        """Ask one that worked on a session; number: under which it records it."""
+        if peer is None:
+            return TraceSource(role, name, "it is not connected, or has been restarted since")
+        if not self._send(peer, GetTrace(self._passed_on(asker, question.ref), number)):
+            return TraceSource(role, name, "it takes no more messages")
+        estimates = [ClockEstimate(e.at_ns, e.offset_ns, e.uncertainty_ns) for e in peer.clock.estimates()]
+        return TraceSource(role, name, "", tuple(estimates))
+
+    def _on_trace(self, link_name: str, peer_id: bytes, message: Trace) -> None:
+        peer = self._known(link_name, peer_id)
+        asked = self._questions.pop(message.ref, None)
+        if peer is not None and asked is not None:
+            named = replace(message, ref=asked[1], role=peer.hello.role, instance=peer.hello.instance)
+            self._reply(LOCAL, asked[0], named)
 
     def _send(self, peer: Peer, message: Message) -> bool:
         return self._sockets[peer.link_name].send(message, peer.id)

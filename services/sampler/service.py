@@ -12,9 +12,21 @@ from services.sampler.session import Question, SamplingSession, check_dense, que
 from shared import trace
 from shared.engine.interface import Float32
 from shared.errors import DraftwireError, WireError
-from shared.messages import CloseSampling, Error, FullRows, NeedRows, OpenSampling, Verdict, VerdictItem, Verify
+from shared.messages import (
+    CloseSampling,
+    Error,
+    FullRows,
+    GetTrace,
+    NeedRows,
+    OpenSampling,
+    Ping,
+    Pong,
+    Verdict,
+    VerdictItem,
+    Verify,
+)
 from shared.sampling.acceptance import NeedsRows
-from shared.service import Link, Service, monotonic_us
+from shared.service import Link, Service
 from shared.settings import Settings
 
 MAX_SESSIONS = 4096
@@ -69,6 +81,8 @@ class SamplerService(Service):
                 CloseSampling: self._on_close,
                 Verify: self._on_verify,
                 FullRows: self._on_full_rows,
+                Ping: self._on_ping,
+                GetTrace: self._on_get_trace,
             },
         )
         self._link.bind(self.settings.endpoint("sampler"), "sampler")
@@ -115,8 +129,7 @@ class SamplerService(Service):
             sessions.pop(session, None)
 
     def _on_verify(self, peer: bytes, message: Verify) -> None:
-        trace.mark("sampler.asked")
-        started = monotonic_us()
+        started = time.monotonic_ns()
         client = self._client(peer)
         try:
             asked = questions(
@@ -137,7 +150,7 @@ class SamplerService(Service):
         self._decide(peer, client, started)
 
     def _on_full_rows(self, peer: bytes, message: FullRows) -> None:
-        started = monotonic_us()
+        started = time.monotonic_ns()
         client = self._client(peer)
         step = client.step
         if step is None or step.number != message.step:
@@ -154,7 +167,7 @@ class SamplerService(Service):
         self._full_rows += len(message.rows)
         self._decide(peer, client, started)
 
-    def _decide(self, peer: bytes, client: Client, started_us: int) -> None:
+    def _decide(self, peer: bytes, client: Client, started_ns: int) -> None:
         step = client.step
         assert step is not None
         needed: list[int] = []
@@ -165,6 +178,7 @@ class SamplerService(Service):
             if session is None or not session.knows(question.item):
                 step.verdicts[index] = VerdictItem(question.item.session, (), 0, resync=True)
                 continue
+            began = time.monotonic_ns()
             try:
                 verdict = session.judge(question, whole_rows(question, step.dense))
             except DraftwireError as error:
@@ -174,14 +188,23 @@ class SamplerService(Service):
                 needed.extend(question.first_row + row for row in verdict.rows)
             else:
                 step.verdicts[index] = verdict
-        step.sample_us += monotonic_us() - started_us
+                item, n = question.item, len(verdict.tokens)
+                accepted = min(verdict.n_accepted, len(item.tokens))
+                trace.span("sampler.verdict", began, item.session, item.start, len(item.tokens), accepted, n)
+        step.sample_us += (time.monotonic_ns() - started_ns) // 1000
+        trace.span("sampler.decide", started_ns, 0, 0, len(step.asked), len(needed))
         if needed:
             self._link.send(NeedRows(step.number, tuple(needed)), peer)
             return
         verdicts = tuple(verdict for verdict in step.verdicts if verdict is not None)
-        trace.mark("sampler.decided")
         self._link.send(Verdict(step.number, verdicts, step.sample_us), peer)
         client.step = None
+
+    def _on_ping(self, peer: bytes, message: Ping) -> None:
+        self._link.send(Pong(message.sent_ns, time.monotonic_ns()), peer)
+
+    def _on_get_trace(self, peer: bytes, message: GetTrace) -> None:
+        self._link.send(trace.answer(message, self.name, self.instance), peer)
 
     def _refuse(self, peer: bytes, ref: int, error: DraftwireError) -> None:
         self.log.error("step_refused", ref=ref, code=error.code, reason=error.message)

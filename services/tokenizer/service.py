@@ -6,6 +6,7 @@ thread, so that they do not hold up the few tokens that running generations send
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -15,9 +16,23 @@ import numpy.typing as npt
 import zmq
 
 from services.tokenizer.null import NullVocabulary
+from shared import trace
 from shared.engine.interface import EngineSettings
 from shared.errors import DraftwireError, RequestError
-from shared.messages import MAX_CONTEXT, Decode, Decoded, Describe, Description, Encode, Encoded, Error, Message
+from shared.messages import (
+    MAX_CONTEXT,
+    Decode,
+    Decoded,
+    Describe,
+    Description,
+    Encode,
+    Encoded,
+    Error,
+    GetTrace,
+    Message,
+    Ping,
+    Pong,
+)
 from shared.model.names import resolve_model
 from shared.model.vocabulary import Vocabulary
 from shared.service import Link, Service
@@ -82,6 +97,7 @@ def encode(vocabulary: VocabularyLike, message: Encode) -> Encoded:
     Raises:
         RequestError: the text is no Unicode, or has more tokens than a message holds.
     """
+    began = time.monotonic_ns()
     tokens = vocabulary.encode(
         message.text, parse_special=message.parse_special, add_bos=None if message.add_bos else False
     )
@@ -91,6 +107,7 @@ def encode(vocabulary: VocabularyLike, message: Encode) -> Encoded:
             "send less",
             "text_too_long",
         )
+    trace.span("tokenizer.encode", began, 0, 0, len(message.text), len(tokens))
     return Encoded(message.ref, tokens)
 
 
@@ -100,6 +117,7 @@ def decode(vocabulary: VocabularyLike, message: Decode) -> Decoded:
     Raises:
         RequestError: an id that is not in the vocabulary, or more text than a message holds.
     """
+    began = time.monotonic_ns()
     pieces: list[str] = []
     carry, first, size = message.carry, message.first, 0
     for token in message.tokens.tolist():
@@ -114,11 +132,12 @@ def decode(vocabulary: VocabularyLike, message: Decode) -> Decoded:
     if message.last:
         pieces.append(vocabulary.flush(carry))
         carry = b""
+    trace.span("tokenizer.decode", began, 0, 0, len(message.tokens))
     return Decoded(message.ref, tuple(pieces), carry)
 
 
 class TokenizerService(Service):
-    """One socket, three questions."""
+    """One socket: three questions, and what was recorded of them."""
 
     name = "tokenizer"
 
@@ -134,7 +153,13 @@ class TokenizerService(Service):
         self._link = self.link(
             "tokenizer",
             zmq.ROUTER,
-            {Describe: self._on_describe, Encode: self._on_encode, Decode: self._on_decode},
+            {
+                Describe: self._on_describe,
+                Encode: self._on_encode,
+                Decode: self._on_decode,
+                Ping: self._on_ping,
+                GetTrace: self._on_get_trace,
+            },
         )
         self._link.bind(self.settings.endpoint("tokenizer"), "tokenizer")
         self.log.info(
@@ -152,6 +177,12 @@ class TokenizerService(Service):
 
     def _on_describe(self, peer: bytes, message: Describe) -> None:
         self._link.send(describe(self._vocabulary, message.ref), peer)
+
+    def _on_ping(self, peer: bytes, message: Ping) -> None:
+        self._link.send(Pong(message.sent_ns, time.monotonic_ns()), peer)
+
+    def _on_get_trace(self, peer: bytes, message: GetTrace) -> None:
+        self._link.send(trace.answer(message, self.name, self.instance), peer)
 
     def _on_encode(self, peer: bytes, message: Encode) -> None:
         self._answer(peer, message.ref, len(message.text), lambda: encode(self._vocabulary, message))

@@ -143,7 +143,6 @@ class SamplerClient:
             Stopped: see `alive`.
             StepRefused: asking again would be refused again.
         """
-        trace.mark("verifier.asking")
         self._link.send(verify)
         trace.mark("verifier.asked")
         asked = {verify.step}

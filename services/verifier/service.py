@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -76,8 +77,7 @@ class VerifierService(Service):
         )
 
     def _receive(self, _peer: bytes, message: Any) -> None:
-        if isinstance(message, Proposal):
-            trace.mark("verifier.proposal", message.session, message.start)
+        began = time.monotonic_ns()
         if isinstance(message, OpenTarget) and self.draining:
             self._send([Error(message.session, "draining", "the verifier is shutting down", "try again", 5)])
             return
@@ -85,6 +85,10 @@ class VerifierService(Service):
         arrived = monotonic_us(), message
         if not self._mailbox.put(arrived, force=isinstance(message, Close)) and isinstance(message, OpenTarget):
             self._send([Error(message.session, "overloaded", "the verifier is not keeping up", "try again", 1)])
+        if isinstance(message, Proposal):
+            trace.span("verifier.proposal", began, message.session, message.start, len(message.tokens))
+        elif isinstance(message, OpenTarget):
+            trace.span("verifier.open", began, message.session, 0, len(message.tokens))
 
     def _router_lost(self, reason: str) -> None:
         self.log.warning("sessions_dropped", reason=reason)
@@ -110,9 +114,12 @@ class VerifierService(Service):
     def _send(self, messages: Sequence[Message]) -> None:
         assert self._connection is not None
         for message in messages:
+            began = time.monotonic_ns()
+            sent = self._connection.send(message)
             if isinstance(message, Commit):
-                trace.mark("verifier.committing", message.session, message.start)
-            if not self._connection.send(message):
+                n, accepted = len(message.tokens), message.n_accepted
+                trace.span("verifier.commit", began, message.session, message.start, n, accepted)
+            if not sent:
                 self.log.error("router_queue_full", message=type(message).__name__)
 
     # -- engine thread --
@@ -136,11 +143,16 @@ class VerifierService(Service):
             self._thread.beat()
             self._take(stepper, 0 if stepper.busy else 1.0)
             while not self._stopping and (patience := stepper.patience(monotonic_us())) > 0:
-                if not self._take(stepper, patience):
+                began = time.monotonic_ns()
+                came = self._take(stepper, patience)
+                trace.span("verifier.wait", began)
+                if not came:
                     stepper.give_up()
                     break
+            began = time.monotonic_ns()
             if stepper.n_sessions:
                 stepper.step()
+                trace.span("verifier.step", began)
             stepper.flush()
             self._n_sessions = stepper.n_sessions
 

@@ -7,6 +7,7 @@ waiting for.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -137,7 +138,8 @@ class Stepper:
             rows = share.n_proposals + 1 if share.final else 0
             chunks.append(Chunk(session.slot, session.cached, np.array(committed + proposed, np.int32), rows))
             taking_part.append((session, share))
-        trace.mark("verifier.planned")
+        n_rows = sum(share.pending + share.n_proposals for _, share in taking_part)
+        began = time.monotonic_ns()
         started = monotonic_us()
         try:
             logits = with_eviction(self._engine, self._slots, lambda: self._engine.forward(chunks))
@@ -147,8 +149,9 @@ class Stepper:
             self._no_room(error, taking_part[-1][0])
             self.flush()
             return
-        trace.mark("verifier.computed")
+        trace.span("verifier.forward", began, 0, 0, n_rows, len(taking_part))
         deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
+        pending = {s.id: share.pending for s, share in taking_part}
         question = self._sampler.question(deciding, logits) if deciding else None
         computed = monotonic_us()
         for session, share in taking_part:
@@ -157,7 +160,12 @@ class Stepper:
                 session.counters.verify_us += computed - started
             else:
                 session.counters.prefill_us += computed - started
+        for session, share in taking_part:
+            if not share.final:
+                start = session.cached - share.pending
+                trace.span("verifier.prefill", began, session.id, start, share.pending, n_rows)
         if question is not None:
+            asking = time.monotonic_ns()
             try:
                 verdicts = self._sampler.ask(question, [s for s, _ in deciding], logits)
             except StepRefused as refusal:
@@ -165,23 +173,28 @@ class Stepper:
                 self.flush()
                 return
             decided = monotonic_us()
-            trace.mark("verifier.decided")
+            trace.span("verifier.ask", asking, 0, 0, sum(1 + n for _, n in deciding))
             exchange_us, sample_us = decided - computed, self._sampler.sample_us
             n_committed = sum(len(verdict.tokens) for verdict in verdicts)
             self._explain(candidates, taking_part, verdicts, started, decided)
             self._learn(taking_part, started, decided, n_committed)
             for (session, n_proposals), verdict in zip(deciding, verdicts, strict=True):
                 session.counters.full_rows += verdict.full_rows
+                n_accepted, start = min(verdict.n_accepted, n_proposals), len(session.prefix)
+                is_round = bool(session.first_commit_us or n_proposals)
                 if session.first_commit_us:
                     session.counters.sample_us += sample_us
                     session.counters.wire_us += max(0, exchange_us - sample_us)
-                    session.count_round(n_proposals, min(verdict.n_accepted, n_proposals))
                 else:
                     session.first_commit_us = decided
-                    if n_proposals:
-                        session.count_round(n_proposals, min(verdict.n_accepted, n_proposals))
-                session.cached += min(verdict.n_accepted, n_proposals)
+                if is_round:
+                    session.count_round(n_proposals, n_accepted)
+                session.cached += n_accepted
                 self._commit(session, verdict.tokens, verdict.n_accepted, verdict.finish)
+                if is_round:
+                    trace.span("verifier.round", began, session.id, start, n_proposals, n_accepted, n_rows)
+                else:
+                    trace.span("verifier.prefill", began, session.id, start, pending[session.id], n_rows)
         self.flush()
 
     def _no_room(self, error: EngineError, newest: TargetSession) -> None:
@@ -246,6 +259,7 @@ class Stepper:
             session.slot, session.cached = placed
             session.counters.n_cached = session.cached
             session.counters.queue_us = monotonic_us() - session.opened_us
+            trace.span("verifier.queue", session.opened_us * 1000, session.id, 0, session.n_prompt, session.cached)
             self._running[session.id] = session
             self._sampler.open(session)
 

@@ -47,10 +47,14 @@ class DraftSession:
         self.window = opened.window
         self.prefix = TokenPrefix(opened.tokens.tolist())
         self.committed = len(self.prefix)
+        self.n_opened = self.committed
+        """Tokens that it was opened with."""
         self.cached = 0
         """How many positions of the drafter's cache hold the prefix."""
         self.slot = -1
         self.cost = Cost()
+        self.n_rolled_back = 0
+        """How many of its own tokens the last commit contradicted."""
         self._n_ctx = n_ctx
         self._stop_tokens = frozenset(opened.stop_tokens)
         self._own: list[DraftToken] = []
@@ -82,6 +86,7 @@ class DraftSession:
         end = commit.start + len(commit.tokens)
         agreed = self.prefix.agreement(commit.start, commit.tokens)
         contradicted = agreed < len(commit.tokens)
+        self.n_rolled_back = len(self._own) - agreed if contradicted else 0
         if contradicted:
             self.prefix.truncate(commit.start + agreed)
             self.prefix.append(commit.tokens[agreed:])

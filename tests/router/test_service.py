@@ -27,6 +27,7 @@ from shared.messages import (
     Generate,
     GetExplanation,
     GetStatus,
+    GetTrace,
     Goodbye,
     Hello,
     Limits,
@@ -42,6 +43,8 @@ from shared.messages import (
     StepReport,
     TargetStats,
     Tokens,
+    Trace,
+    TraceSources,
     Verdict,
     VerdictItem,
     Welcome,
@@ -75,6 +78,8 @@ class Peer:
         self.hello = hello
         self.lag_us = 0
         """How much slower than it is this peer seems to be."""
+        self.clock_ahead_ns: int | None = None
+        """How far its clock is ahead; None: it does not say."""
         self._heard: list[Any] = []
 
     def send(self, message: Message) -> None:
@@ -83,7 +88,9 @@ class Peer:
     def _hear(self) -> None:
         message = wire.decode(self.socket.recv_multipart())
         if isinstance(message, Ping):
-            self.send(Pong(max(0, message.sent_ns - self.lag_us * 1000)))
+            ahead_ns = self.clock_ahead_ns
+            clock_ns = 0 if ahead_ns is None else time.monotonic_ns() + ahead_ns
+            self.send(Pong(max(0, message.sent_ns - self.lag_us * 1000), clock_ns))
         else:
             self._heard.append(message)
 
@@ -1153,3 +1160,76 @@ def test_an_explanation_comes_from_who_held_the_session(net: Net) -> None:
         net.cli.nothing_before_now()
     net.cli.send(GetExplanation(5, session + 1))
     assert not net.cli.expect(Explanation).decisions
+
+
+def recorded(ref: int, name: str = "x") -> Trace:
+    """A process's answer to GetTrace."""
+    return Trace(ref, "gateway", name, 7, "host", "clock", 9, ("a.b",), ("main",), np.ones((2, 9), np.int64), 0, 0)
+
+
+def test_a_trace_is_gathered_from_all_that_worked_on_the_session(net: Net) -> None:
+    """Also after its end: those that are there are asked and answer under their registered names, others are named."""
+    verifier, gateway, first = net.verifier(), net.gateway(), net.draft("first")
+    gateway.generate(request=5)
+    session = verifier.expect(OpenTarget).session
+    first.expect(OpenDraft)
+    second = net.draft("second")
+    net.wait(lambda status: len(status.peers) == 4, verifier, gateway, first, second)
+    first.send(Goodbye("enough"))
+    second.expect(OpenDraft)
+    verifier.send(commit(session, list(PROMPT), 4, finish="stop"))
+    gateway.expect(Tokens)
+    gateway.expect(Finished)
+    second.expect(Close)
+
+    for asked in (0, session):
+        net.cli.send(GetTrace(4, asked))
+        sources = net.cli.expect(TraceSources)
+        assert (sources.ref, sources.session) == (4, session)
+        named = [(source.role, source.instance, bool(source.missing)) for source in sources.sources]
+        assert named[0] == ("router", "router", False)
+        assert sorted(named[1:]) == [
+            ("draft", "first", True), ("draft", "second", False),
+            ("gateway", "gateway", False), ("verifier", "verifier", False),
+        ]  # fmt: skip
+        own = net.cli.expect(Trace)
+        assert (own.ref, own.role) == (4, "router")
+        assert "router.generate" in {own.kinds[kind] for kind in own.marks[:, 2].tolist()}
+        for peer, number in ((gateway, 5), (verifier, session), (second, session)):
+            question = peer.expect(GetTrace)
+            assert question.session == number
+            peer.send(recorded(question.ref, "liar"))
+            peer.send(recorded(question.ref))  # once is enough
+            answer = net.cli.expect(Trace)
+            assert peer.hello is not None
+            assert (answer.ref, answer.role, answer.instance) == (4, peer.hello.role, peer.hello.instance)
+            assert answer.marks.tolist() == recorded(1).marks.tolist()
+        net.cli.nothing_before_now()
+    net.cli.send(GetTrace(6, session + 1))
+    assert not net.cli.expect(TraceSources).sources
+
+
+def test_a_trace_says_how_far_the_clocks_are_apart(net: Net) -> None:
+    """By what the peers' pongs say of theirs; of one that says nothing, nothing is known."""
+    verifier, gateway, draft = net.verifier(), net.gateway(), net.draft()
+    ahead_ns = 10**15
+    draft.clock_ahead_ns = ahead_ns
+    gateway.generate()
+    session = verifier.expect(OpenTarget).session
+    draft.expect(OpenDraft)
+    net.wait(lambda status: all(peer.rtt_us for peer in status.peers), verifier, gateway, draft)
+    net.cli.send(GetTrace(4, session))
+    clocks = {source.role: source.clock for source in net.cli.expect(TraceSources).sources}
+    assert clocks["router"] == clocks["verifier"] == clocks["gateway"] == ()
+    for at in clocks["draft"]:
+        assert abs(at.offset_ns - ahead_ns) <= at.uncertainty_ns
+    assert clocks["draft"]
+    verifier.send(commit(session, list(PROMPT), 4, finish="stop"))
+
+
+def test_anyone_may_compare_clocks_with_the_router(net: Net) -> None:
+    """Ping is answered without a registration, with the router's clock."""
+    before = time.monotonic_ns()
+    net.cli.send(Ping(before))
+    answer = net.cli.expect(Pong)
+    assert answer.sent_ns == before <= answer.clock_ns <= time.monotonic_ns()

@@ -284,7 +284,7 @@ def test_ten_thousand_bad_messages_leave_it_answering(tmp_path: Path) -> None:
             if n_sent % 100 == 0:
                 # The refs of mutated questions are anything: this one is told by its text.
                 client.send(Encode(2**63 + n_sent, "def f(): pass"))
-                while (answer := client.receive()).ref != 2**63 + n_sent:
+                while getattr(answer := client.receive(), "ref", 0) != 2**63 + n_sent:
                     n_answers += 1
                 assert answer.tokens.tolist() == before
         assert n_answers > 9000
