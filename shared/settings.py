@@ -40,6 +40,7 @@ def default_run_dir() -> Path:
 class GatewaySettings:
     """host, port: where HTTP is served; port 0 takes a free one. max_requests: generations in progress at a time.
     max_body_bytes: of a request. request_timeout_s: longest wait for the next token before the client gets an error.
+    metrics: whether /metrics is served.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +48,7 @@ class GatewaySettings:
     max_requests: Annotated[int, Range(1, 10_000)] = 64
     max_body_bytes: Annotated[int, Range(1024, 1 << 30)] = 8 << 20
     request_timeout_s: Annotated[float, Range(1, 86_400)] = 600.0
+    metrics: bool = True
 
 
 @dataclass(frozen=True, slots=True)

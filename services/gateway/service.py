@@ -31,6 +31,7 @@ import uvicorn
 from services.gateway.app import CLIENT_GONE, build_app
 from services.gateway.errors import ApiError, bad_field, from_wire, unavailable
 from services.gateway.generation import Generation, Outcome, Transcript
+from services.gateway.metrics import Counters, Present, render
 from services.gateway.requests import Completion, check_ids
 from services.gateway.responses import compact
 from services.gateway.timings import speculation_report, timings
@@ -99,6 +100,7 @@ class GatewayService(Service):
         """Generations that the router works on, by their number on the wire."""
         self._statuses: dict[int, asyncio.Future[Status]] = {}
         self._n_admitted = 0
+        self._counters = Counters()
         self._address_file: Path | None = None
         self._server: _Server
         self._serving: asyncio.Task[None] | None = None
@@ -188,6 +190,12 @@ class GatewayService(Service):
             reason = f"the tokenizer has not the vocabulary of verifier {other.instance}"
             return {"status": "error", "missing": [], "reason": reason}
         return {"status": "ok"}
+
+    async def metrics(self) -> bytes:
+        """The body of `/metrics`."""
+        status = await self._router_status()
+        present = Present(version(), self.uptime_s, self._n_admitted, self.tokenizer.alive, status)
+        return render(self._counters, present)
 
     @contextmanager
     def admitted(self, endpoint: str) -> Iterator[Exchange]:
@@ -351,6 +359,8 @@ class GatewayService(Service):
         target = finished.target if finished is not None else TargetStats()
         draft = finished.draft if finished is not None else DraftStats()
         measured = timings(target)
+        total_s = time.monotonic() - exchange.arrived_at
+        self._counters.add(exchange.status, total_s, target, draft)
         if exchange.outcome is not None:
             finish: str = exchange.outcome.stop_type
         else:
@@ -365,7 +375,7 @@ class GatewayService(Service):
             code=exchange.code,
             seed=exchange.seed,
             n_prompt=exchange.n_prompt,
-            total_ms=round((time.monotonic() - exchange.arrived_at) * 1000, 3),
+            total_ms=round(total_s * 1000, 3),
             **measured,
             **speculation_report(target, draft),
             chunk=compact({"timings": plain}),

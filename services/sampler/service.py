@@ -12,9 +12,20 @@ from services.sampler.session import Question, SamplingSession, check_dense, que
 from shared import trace
 from shared.engine.interface import Float32
 from shared.errors import DraftwireError, WireError
-from shared.messages import CloseSampling, Error, FullRows, NeedRows, OpenSampling, Verdict, VerdictItem, Verify
+from shared.messages import (
+    CloseSampling,
+    Error,
+    FullRows,
+    GetStatus,
+    NeedRows,
+    OpenSampling,
+    ServiceStatus,
+    Verdict,
+    VerdictItem,
+    Verify,
+)
 from shared.sampling.acceptance import NeedsRows
-from shared.service import Link, Service, monotonic_us
+from shared.service import Link, Service, monotonic_us, version
 from shared.settings import Settings
 
 MAX_SESSIONS = 4096
@@ -69,6 +80,7 @@ class SamplerService(Service):
                 CloseSampling: self._on_close,
                 Verify: self._on_verify,
                 FullRows: self._on_full_rows,
+                GetStatus: self._on_status,
             },
         )
         self._link.bind(self.settings.endpoint("sampler"))
@@ -83,6 +95,10 @@ class SamplerService(Service):
 
     def drain(self) -> None:
         self.log.info("rows_sampled", rows=self._rows, full_rows=self._full_rows)
+
+    def _on_status(self, peer: bytes, message: GetStatus) -> None:
+        n_sessions = self.held()["sessions"]
+        self._link.send(ServiceStatus(message.ref, self.name, version(), self.uptime_s, n_sessions), peer)
 
     def _client(self, peer: bytes) -> Client:
         client = self._clients.get(peer)

@@ -17,10 +17,22 @@ import zmq
 from services.tokenizer.null import NullVocabulary
 from shared.engine.interface import EngineSettings
 from shared.errors import DraftwireError, RequestError
-from shared.messages import MAX_CONTEXT, Decode, Decoded, Describe, Description, Encode, Encoded, Error, Message
+from shared.messages import (
+    MAX_CONTEXT,
+    Decode,
+    Decoded,
+    Describe,
+    Description,
+    Encode,
+    Encoded,
+    Error,
+    GetStatus,
+    Message,
+    ServiceStatus,
+)
 from shared.model.names import resolve_model
 from shared.model.vocabulary import Vocabulary
-from shared.service import Link, Service
+from shared.service import Link, Service, version
 from shared.settings import Settings
 
 LONG_TEXT = 16_384
@@ -118,7 +130,7 @@ def decode(vocabulary: VocabularyLike, message: Decode) -> Decoded:
 
 
 class TokenizerService(Service):
-    """One socket, three questions."""
+    """One socket, four questions."""
 
     name = "tokenizer"
 
@@ -134,7 +146,12 @@ class TokenizerService(Service):
         self._link = self.link(
             "tokenizer",
             zmq.ROUTER,
-            {Describe: self._on_describe, Encode: self._on_encode, Decode: self._on_decode},
+            {
+                Describe: self._on_describe,
+                Encode: self._on_encode,
+                Decode: self._on_decode,
+                GetStatus: self._on_status,
+            },
         )
         self._link.bind(self.settings.endpoint("tokenizer"))
         self.log.info(
@@ -152,6 +169,10 @@ class TokenizerService(Service):
 
     def _on_describe(self, peer: bytes, message: Describe) -> None:
         self._link.send(describe(self._vocabulary, message.ref), peer)
+
+    def _on_status(self, peer: bytes, message: GetStatus) -> None:
+        about = self._vocabulary.name[:200]
+        self._link.send(ServiceStatus(message.ref, self.name, version(), self.uptime_s, self._n_waiting, about), peer)
 
     def _on_encode(self, peer: bytes, message: Encode) -> None:
         self._answer(peer, message.ref, len(message.text), lambda: encode(self._vocabulary, message))

@@ -65,6 +65,7 @@ class Stepper:
         self._fixed = settings.length == "fixed"
         self._decisions = DecisionLog(not self._fixed, 2 * engine.info.n_slots)
         self._reported_us = 0
+        self._n_steps = self._n_step_sessions = 0
         self._awaited: TargetSession | None = None
         self._last_us = 0
         """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
@@ -147,6 +148,8 @@ class Stepper:
             self._no_room(error, taking_part[-1][0])
             self.flush()
             return
+        self._n_steps += 1
+        self._n_step_sessions += len(taking_part)
         trace.mark("verifier.computed")
         deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
         question = self._sampler.question(deciding, logits) if deciding else None
@@ -328,7 +331,7 @@ class Stepper:
             points := self.controller.costs.points(self._n_max + 1)
         ):
             self._reported_us = decided
-            self._out.append(StepReport(points))
+            self._out.append(StepReport(points, self._n_steps, self._n_step_sessions))
 
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt
