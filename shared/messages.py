@@ -365,7 +365,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Verifier -> router, now and then while it steps: what steps of so many rows cost lately.
+    """Verifier -> router, now and then while it steps, and when it stops: what steps of so many rows cost lately.
 
     points: (rows, microseconds), rows ascending, the first of 1 row. n_steps: passes of the target since its start,
     prefill included; n_step_sessions: sessions in them, added up.

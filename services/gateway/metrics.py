@@ -7,9 +7,9 @@ time series there are is bounded, whatever workers call themselves and clients s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, cast, get_args
+from typing import Final, get_args
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -221,19 +221,21 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
         for name in get_args(WorkerState):
             state.add_metric([worker.instance, name], int(worker.state == name))
     yield state
+    measured = [worker for worker in workers if worker.n_judged]
+    values: Mapping[str, float]
     for name, text, values in (
-        ("sessions", "Generations that it drafts for.", [w.n_sessions for w in workers]),
-        ("slots", "Generations that it can draft for.", [w.n_slots for w in workers]),
+        ("sessions", "Generations that it drafts for.", {w.instance: w.n_sessions for w in workers}),
+        ("slots", "Generations that it can draft for.", {w.instance: w.n_slots for w in workers}),
         (
             "acceptance_ratio",
             "Right proposals of those whose predecessors were right.",
-            [w.acceptance for w in workers],
+            {w.instance: w.acceptance for w in measured},
         ),
-        ("speed_up_ratio", "Expected tokens/s relative to plain decoding.", [w.speed_up for w in workers]),
+        ("speed_up_ratio", "Expected tokens/s relative to plain decoding.", {w.instance: w.speed_up for w in measured}),
     ):
         gauge = GaugeMetricFamily(f"draftwire:worker_{name}", text, labels=["worker"])
-        for worker, value in zip(workers, cast("list[float]", values), strict=True):
-            gauge.add_metric([worker.instance], value)
+        for instance, value in values.items():
+            gauge.add_metric([instance], value)
         yield gauge
     demotions = CounterMetricFamily(
         "draftwire:worker_demotions", "Times that it was demoted for misbehaving.", labels=["worker"]

@@ -85,8 +85,8 @@ class Orders:
     def give(self, worker: str, order: Order) -> str:
         """Order something about a worker, or nothing any more; why the file could not be written, or empty."""
         self._orders.pop(worker, None)
-        if order == "pin" and (previous := self.pinned):
-            del self._orders[previous]
+        if order == "pin":
+            self._orders = {name: other for name, other in self._orders.items() if other != "pin"}
         if order:
             self._orders[worker] = order
         return self._save()

@@ -809,7 +809,7 @@ class RouterService(Service):
         """A banned worker is told so; it stays as it is and asks now and then."""
         if self._turned_away.get(name) != peer_id:
             self._turned_away[name] = peer_id
-            self.log.warning("draft_banned", instance=name)
+            self.log.warning("draft_banned", worker=name)
         error = Error(
             0,
             BANNED,

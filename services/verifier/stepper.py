@@ -185,6 +185,7 @@ class Stepper:
                         session.count_round(n_proposals, min(verdict.n_accepted, n_proposals))
                 session.cached += min(verdict.n_accepted, n_proposals)
                 self._commit(session, verdict.tokens, verdict.n_accepted, verdict.finish)
+            self._report(decided)
         self.flush()
 
     def _no_room(self, error: EngineError, newest: TargetSession) -> None:
@@ -327,10 +328,13 @@ class Stepper:
         elapsed = (decided - self._last_us) / 1e6 if self._last_us else seconds
         self.controller.observe(rows, seconds, n_committed, elapsed)
         self._last_us = decided
-        if decided - self._reported_us >= _REPORT_EVERY_US and (
-            points := self.controller.costs.points(self._n_max + 1)
-        ):
-            self._reported_us = decided
+
+    def _report(self, now_us: int) -> None:
+        """Tell the router what steps cost: now and then, and once more when there is nothing left to do."""
+        if self.busy and now_us - self._reported_us < _REPORT_EVERY_US:
+            return
+        if points := self.controller.costs.points(self._n_max + 1):
+            self._reported_us = now_us
             self._out.append(StepReport(points, self._n_steps, self._n_step_sessions))
 
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
