@@ -89,12 +89,12 @@ def orderly(fleet: Fleet) -> Iterator[Fleet]:
     yield fleet
     for name in ("model", "lookup"):
         order(fleet.settings, name, "allow")
-    until(lambda: all(w.there and not w.order for w in fleet.status().workers))
+    until(lambda: {w.instance for w in fleet.status().workers if w.there and not w.order} == {"model", "lookup"})
 
 
 def state_of(fleet: Fleet, name: str) -> str:
-    (state,) = [w.state for w in fleet.status().workers if w.instance == name]
-    return str(state)
+    """As the router says it; empty while it has not met the worker."""
+    return next((str(w.state) for w in fleet.status().workers if w.instance == name), "")
 
 
 # -- orders --
