@@ -761,11 +761,10 @@ class RouterService(Service):
         if order == "ban" and ordered is not None and (peer := ordered.peer) is not None:
             self._lose(peer, "an operator has banned it")
             self._turn_away(name, peer.id)
-        if order not in SHUT and previous in SHUT:
-            if (peer_id := self._turned_away.pop(name, None)) is not None:
-                self._reply(DRAFTS, peer_id, Error(0, UNKNOWN_PEER, "it is wanted again", "say Hello"))
-            if ordered is not None and ordered.peer is not None:
-                self._offer(ordered)
+        if order != "ban" and (peer_id := self._turned_away.pop(name, None)) is not None:
+            self._reply(DRAFTS, peer_id, Error(0, UNKNOWN_PEER, "it may connect again", "say Hello"))
+        if order not in SHUT and previous in SHUT and ordered is not None and ordered.peer is not None:
+            self._offer(ordered)
         return Ordered(message.ref, n_moved, not unsaved, unsaved)
 
     def _pin_session(self, message: OrderWorker) -> Ordered:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -76,6 +78,21 @@ def test_llama_servers_names_are_there() -> None:
     """All of them, from the first scrape on; only positions appear as they are reached."""
     names = {name.removeprefix("llamacpp:") for name in rendered(Counters()) if name.startswith("llamacpp:")}
     assert names == LLAMA - {"spec_decode_num_accepted_tokens_per_pos_total"}
+
+
+def test_every_name_is_documented() -> None:
+    """docs/watching.md has a row for each family, with its type, and none for what is gone."""
+    counters = Counters()
+    counters.add(200, 1.0, STATS, DRAFT)
+    text = render(counters, Present("1", 1, 0, True, status(WORKER))).decode()
+    families = {
+        f"{f.name}_total" if f.type == "counter" else f.name: f.type for f in text_string_to_metric_families(text)
+    }
+    page = (Path(__file__).resolve().parents[2] / "docs" / "watching.md").read_text("utf-8")
+    documented = {}
+    for names, kind in re.findall(r"^\| (`(?:llamacpp|draftwire):[^|]+) \| (\w+) \|", page, re.MULTILINE):
+        documented |= dict.fromkeys(re.findall(r"`([^`]+)`", names), kind)
+    assert documented == families
 
 
 def test_what_the_router_knows() -> None:

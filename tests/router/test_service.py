@@ -1247,9 +1247,11 @@ def test_a_banned_worker_is_turned_away_until_allowed(orderly: Net) -> None:
         False,
         [],
     )
-    order(net, "a", "allow")
+    order(net, "a", "drain")
     stranger.refused("unknown_peer")  # the last one that asked: an invitation to say Hello
     stranger.join()
+    assert worker_status(net, "a").there
+    order(net, "a", "allow")
     assert stranger.expect(OpenDraft).session == session
 
 
