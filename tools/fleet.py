@@ -209,8 +209,9 @@ def joined_workers(settings: Settings) -> Status:
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     missing = {("draft", name) for name in settings.draft}
     while time.monotonic() < deadline:
-        status: Status | None = router_status(settings)
-        if status is not None and is_serving(settings):
+        # In this order: a status from before it served may lack the verifier.
+        status: Status | None = router_status(settings) if is_serving(settings) else None
+        if status is not None:
             missing -= {(peer.role, peer.instance) for peer in status.peers if peer.alive}
             if not missing:
                 return status
