@@ -39,6 +39,8 @@ Position = Annotated[int, Range(0, MAX_CONTEXT)]
 Micros = Annotated[int, Range(0, MAX_MICROS)]
 ClockNanos = Annotated[int, Range(0, 2**62)]
 OffsetNanos = Annotated[int, Range(-(2**62), 2**62)]
+Count = Annotated[int, Range(0, 2**53)]
+"""Of something, since a process started; exact as a float too."""
 Name = Annotated[str, Range(0, 200)]
 Sentence = Annotated[str, Range(0, 4000)]
 Run = Annotated[tuple[Token, ...], Range(0, MAX_RUN + 1)]
@@ -71,7 +73,7 @@ class Hello:
 
     instance: the peer's own name, unique in its role. boot: a random number drawn at process start.
     vocab_fingerprint: of its engine's vocabulary; empty where the peer has none (gateway, n-gram drafts).
-    n_slots: sessions that it can hold.
+    n_slots: sessions that it can hold. uptime_s: of its process when this was sent; no part of who it is.
     """
 
     role: Role
@@ -85,6 +87,7 @@ class Hello:
     n_slots: U32 = 0
     row_invariant: bool = False
     version: Name = ""
+    uptime_s: U32 = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,12 +375,15 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Verifier -> router, now and then while it steps: what steps of so many rows cost lately.
+    """Verifier -> router, now and then while it steps, and when it stops: what steps of so many rows cost lately.
 
-    points: (rows, microseconds), rows ascending, the first of 1 row.
+    points: (rows, microseconds), rows ascending, the first of 1 row. n_steps: passes of the target since its start,
+    prefill included; n_step_sessions: sessions in them, added up.
     """
 
     points: Annotated[tuple[tuple[U32, Micros], ...], Range(1, 64)]
+    n_steps: Count = 0
+    n_step_sessions: Count = 0
 
 
 # --- Router <-> draft -------------------------------------------------------------------------------------------------
@@ -502,14 +508,41 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class GetStatus:
-    """CLI or gateway -> router: what is going on?"""
+    """CLI or gateway -> router, CLI -> tokenizer or sampler: what is going on?"""
 
     ref: U64
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceStatus:
+    """Tokenizer or sampler -> CLI: it is there. n_held: long texts that wait, or sessions. about: the vocabulary."""
+
+    ref: U64
+    service: Name
+    version: Name
+    uptime_s: U32
+    n_held: U32
+    about: Name = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Times since the router's start, by the bounds of `shared/histograms.py`, the last count being of what is longer.
+
+    Empty: nothing was observed.
+    """
+
+    counts: Annotated[tuple[Count, ...], Range(0, 32)] = ()
+    sum_us: Micros = 0
+
+
+@dataclass(frozen=True, slots=True)
 class PeerStatus:
-    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known. alive: neither draining nor demoted."""
+    """A peer as the router sees it. rtt_us: measured by Ping, 0 until known.
+
+    alive: neither draining nor demoted, nor a draft worker that an operator has drained. n_steps, n_step_sessions: of a
+    verifier, as of its last `StepReport`.
+    """
 
     role: Role
     instance: Name
@@ -523,19 +556,27 @@ class PeerStatus:
     row_invariant: bool
     rtt_us: Micros
     alive: bool
+    version: Name = ""
+    uptime_s: U32 = 0
+    n_steps: Count = 0
+    n_step_sessions: Count = 0
 
 
-WorkerState = Literal["ok", "probation", "demoted", "away"]
+WorkerState = Literal["ok", "probation", "demoted", "away", "drained", "banned"]
+Order = Literal["", "drain", "ban", "pin"]
+"""What an operator has ordered about a draft worker: no sessions; not even a connection; all new sessions."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """A draft worker as the router judges it, of those there were since the router started.
+    """A draft worker as the router judges it, of those there were since the router started or that an order names.
 
     state: "ok"; "demoted": kept out for `reason`, for retry_ms more if it is there all the time; "probation": it gets
-    one session to prove itself; "away": not registered now. token_us: time of a token of one session, with the sessions
-    it has. prefill_per_s: prompt tokens. acceptance: of a proposal, given that those before it were right, by n_judged
-    of them. speed_up: expected tokens/s with it, relative to plain decoding, for one session more.
+    one session to prove itself; "away": not registered now; "drained", "banned": an operator keeps it out. token_us:
+    time of a token of one session, with the sessions it has. prefill_per_s: prompt tokens. acceptance: of a proposal,
+    given that those before it were right, by n_judged of them. speed_up: expected tokens/s with it, relative to plain
+    decoding, for one session more. order: an operator's. there: registered now. round_trip: of pings. token: of drafted
+    tokens, as it says itself. reply: from a commit that contradicts it to its next proposal.
     """
 
     instance: Name
@@ -553,6 +594,11 @@ class WorkerStatus:
     acceptance: Annotated[float, Range(0, 1)]
     n_judged: U32
     speed_up: Annotated[float, Range(0, 1e6)]
+    order: Order = ""
+    there: bool = False
+    round_trip: Histogram = field(default_factory=Histogram)
+    token: Histogram = field(default_factory=Histogram)
+    reply: Histogram = field(default_factory=Histogram)
 
 
 @dataclass(frozen=True, slots=True)
@@ -560,6 +606,7 @@ class SessionStatus:
     """A generation in progress. worker: who drafts for it, empty for plain decoding. why: the choice in words.
 
     acceptance: of this worker's proposals here. speed_up: expected when it was chosen, relative to plain decoding.
+    pin: the worker that an operator wants for it.
     """
 
     session: U64
@@ -570,6 +617,22 @@ class SessionStatus:
     n_moves: U32
     acceptance: Annotated[float, Range(0, 1)]
     speed_up: Annotated[float, Range(0, 1e6)]
+    pin: Name = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """All generations since the router's start. n_tokens: committed; n_accepted: those that drafts had proposed.
+
+    n_ended: in good order, cancelled ones included. n_failed: with an error. n_drafted: tokens that workers proposed.
+    """
+
+    n_opened: Count = 0
+    n_ended: Count = 0
+    n_failed: Count = 0
+    n_tokens: Count = 0
+    n_accepted: Count = 0
+    n_drafted: Count = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,6 +646,32 @@ class Status:
     peers: Annotated[tuple[PeerStatus, ...], Range(0, 1024)]
     workers: Annotated[tuple[WorkerStatus, ...], Range(0, 1024)] = ()
     sessions: Annotated[tuple[SessionStatus, ...], Range(0, 1024)] = ()
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass(frozen=True, slots=True)
+class OrderWorker:
+    """CLI -> router: an operator's order about a draft worker; "allow" takes back the one there is.
+
+    session: pin this one only; 0: new sessions. Answered by `Ordered`, or by `Error` with this ref.
+    """
+
+    ref: U64
+    worker: Name
+    order: Literal["drain", "ban", "pin", "allow"]
+    session: U64 = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """Router -> CLI: it is done. n_moved: sessions that changed their worker at once. kept: a restart of the router
+    will not undo it. note: what stands in the way of it, or empty.
+    """
+
+    ref: U64
+    n_moved: U32
+    kept: bool
+    note: Sentence = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -707,6 +796,6 @@ Message = (
     | Generate | Cancel | Tokens | Finished
     | OpenTarget | Close | Proposal | Commit | StepReport | OpenDraft
     | OpenSampling | CloseSampling | Verify | NeedRows | FullRows | Verdict
-    | GetStatus | Status | GetExplanation | Explanation
+    | GetStatus | Status | ServiceStatus | OrderWorker | Ordered | GetExplanation | Explanation
     | GetTrace | TraceSources | Trace
 )  # fmt: skip

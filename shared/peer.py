@@ -16,11 +16,15 @@ import zmq
 
 from shared import trace
 from shared.errors import SettingsError
-from shared.messages import Error, GetTrace, Goodbye, Hello, Message, Ping, Pong, Welcome
+from shared.messages import MAX_U32, Error, GetTrace, Goodbye, Hello, Message, Ping, Pong, Welcome
 from shared.service import Handler, Service
 
 UNKNOWN_PEER = "unknown_peer"
 """Code of the router's `Error` to a peer that it has no registration of."""
+
+BANNED = "banned"
+"""Code of the router's `Error` to a draft worker that an operator does not want: it keeps its model, and asks again
+after `retry_after_s`, or as soon as the router says that it does not know it."""
 
 REFUSED = frozenset({"vocabulary_mismatch"})
 """Codes of an `Error` to a `Hello` that make it pointless to try again."""
@@ -55,6 +59,8 @@ class RouterConnection:
         self._heartbeat_s = 0.5
         self._heard = time.monotonic()
         self.connected = False
+        self._banned = False
+        self._next_hello = 0.0
         self._link = service.link(
             "router",
             zmq.DEALER,
@@ -85,7 +91,7 @@ class RouterConnection:
         self._on_router_lost(reason)
 
     def _introduce(self) -> None:
-        self._link.send(self._hello)
+        self._link.send(replace(self._hello, uptime_s=min(MAX_U32, self._service.uptime_s)))
 
     def _check(self) -> None:
         if self.connected and time.monotonic() - self._heard > _SILENT_BEATS * self._heartbeat_s:
@@ -93,9 +99,10 @@ class RouterConnection:
             self._next_complaint = time.monotonic() + _PATIENCE_S
             self._service.log.warning("router_silent")
             self._lose("the router is silent")
-        if not self.connected:
+        if not self.connected and time.monotonic() >= self._next_hello:
             self._introduce()
-            if (now := time.monotonic()) >= self._next_complaint:
+            now = time.monotonic()
+            if now >= self._next_complaint and not self._banned:
                 self._next_complaint = now + _COMPLAIN_EVERY_S
                 self._service.log.warning(
                     "router_unreachable",
@@ -113,6 +120,7 @@ class RouterConnection:
             self._service.log.info("router_connected")
         self._router_boot = message.boot
         self.connected = True
+        self._banned = False
 
     def _ping(self, _peer: bytes, message: Ping) -> None:
         self._heard = time.monotonic()
@@ -124,12 +132,25 @@ class RouterConnection:
     def _error(self, peer: bytes, message: Error) -> None:
         if message.code == UNKNOWN_PEER:
             if self.connected:
-                self.connected = False
                 self._lose("the router has forgotten this peer")
+            if self.connected or self._banned:
+                self.connected, self._next_hello = False, 0.0
                 self._introduce()
+        elif message.code == BANNED:
+            self._turned_away(message)
         elif message.code in REFUSED:
             raise SettingsError(message.message, message.remedy, message.code)
         elif self._error_handler is not None:
             self._error_handler(peer, message)
         else:
             self._service.log.error("router_error", code=message.code, reason=message.message)
+
+    def _turned_away(self, message: Error) -> None:
+        """Wait, quietly; what it took to load a model is not thrown away."""
+        if not self._banned:
+            self._service.log.warning("banned", reason=message.message, remedy=message.remedy)
+        if self.connected:
+            self.connected = False
+            self._lose("the router wants nothing from this peer")
+        self._banned = True
+        self._next_hello = time.monotonic() + max(1, message.retry_after_s)

@@ -48,6 +48,7 @@ class GatewaySettings:
     max_body_bytes: of a request. request_timeout_s: longest wait for the next token before the client gets an error.
     api_keys: file of the keys that may ask (`shared/api_keys.py`); empty: nobody needs one. tls_cert, tls_key: PEM
     files, read once at the start; empty: plain HTTP. forwarded: believe X-Forwarded-For of a proxy on loopback.
+    metrics: whether /metrics is served.
     """
 
     host: str = "127.0.0.1"
@@ -59,6 +60,7 @@ class GatewaySettings:
     tls_cert: str = ""
     tls_key: str = ""
     forwarded: bool = False
+    metrics: bool = True
 
     def is_open(self, address: str, insecure: bool) -> bool:
         """Whether the network reaches this address; errors: `SettingsError` where it must not without keys."""

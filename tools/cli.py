@@ -36,6 +36,7 @@ from tools.cli_options import (
 )
 from tools.cli_trace import trace_command
 from tools.cli_units import units_app
+from tools.cli_watch import status_command, top_command, workers_app
 
 if TYPE_CHECKING:
     from shared.settings import Settings
@@ -81,6 +82,7 @@ def root(
       draftwire demo                               see it work, in a minute
       draftwire up                                 run the whole fleet here, until Ctrl-C
       draftwire generate "def fibonacci(n):"       ask the running fleet (in another terminal)
+      draftwire status                             is it well?
       draftwire doctor                             what is missing on this machine?
     """
 
@@ -245,47 +247,9 @@ def generate(
     )
 
 
-@app.command("workers")
-def workers_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, one object.")] = False,
-    watch: Annotated[
-        float | None, typer.Option("--watch", min=0.1, metavar="SECONDS", help="Show it again so often, until Ctrl-C.")
-    ] = None,
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    run_dir: RunDirOption = None,
-) -> None:
-    """Show how good the draft workers are, and who drafts for what.
-
-    \b
-    state      ok; demoted, with the reason: it gets no generations for a while; probation: one, to prove itself;
-               away: not connected
-    tokens/s   drafted for one generation, with as many as it has now
-    accepted   of its proposals whose predecessors were right, how many were right (of how many)
-    speed-up   expected with it, relative to plain decoding, for one generation more; ?: a guess, not measured yet
-
-    \b
-    Examples:
-      draftwire workers
-      draftwire workers --watch 2
-      draftwire workers --json | jq '.workers[] | {instance, state, speed_up}'
-    """
-    from rich.console import Console
-
-    from shared.messages import Status
-    from tools.workers import print_workers, show_workers, workers_json
-
-    console = Console(markup=False, highlight=False)
-
-    def show(status: Status) -> None:
-        if as_json:
-            print(json.dumps(workers_json(status), indent=None if watch else 2), flush=True)
-        else:
-            if watch and console.is_terminal:
-                console.clear()
-            print_workers(status, console)
-
-    show_workers(settings_of(config, overrides, run_dir), show, watch)
+app.command("status")(status_command)
+app.command("top")(top_command)
+app.add_typer(workers_app, name="workers")
 
 
 @app.command()

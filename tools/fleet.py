@@ -10,7 +10,7 @@ import json
 import random
 import ssl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +119,14 @@ class Gateway:
         with _Exchange(self, "GET", path, None) as exchange:
             return exchange.json()
 
+    def health(self) -> dict[str, Any]:
+        """What it says of itself: {"status": "ok"}, or what is missing or wrong."""
+        with _Exchange(self, "GET", "/health", None, accepted=(200, 503)) as exchange:
+            health = exchange.json()
+            if not isinstance(health, dict) or not isinstance(health.get("status"), str):
+                raise exchange.not_a_gateway()
+            return health
+
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON answer to a POST."""
         with _Exchange(self, "POST", path, body) as exchange:
@@ -177,8 +185,16 @@ class _TlsConnection(http.client.HTTPSConnection):
 class _Exchange:
     """One request and its response; as a context, it closes the connection and explains what went wrong."""
 
-    def __init__(self, gateway: Gateway, method: str, path: str, body: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        accepted: Sequence[int] = (200,),
+    ) -> None:
         self._gateway = gateway
+        self._accepted = accepted
         self._connection = gateway.connect()
         self._request = (method, gateway.target(path), None if body is None else json.dumps(body).encode())
 
@@ -196,7 +212,7 @@ class _Exchange:
             raise DraftwireError(f"no gateway at {self._gateway.url}: {reason}", _START_IT, "no_gateway") from None
         try:
             self._response = self._connection.getresponse()
-            if self._response.status != 200:
+            if self._response.status not in self._accepted:
                 raise _error(self._response.status, self._response.read(1 << 20))
         except BaseException as error:
             self._connection.close()
@@ -218,7 +234,7 @@ class _Exchange:
         try:
             return json.loads(raw)
         except ValueError:
-            raise self._not_a_gateway() from None
+            raise self.not_a_gateway() from None
 
     def events(self) -> Iterator[dict[str, Any]]:
         last: dict[str, Any] = {}
@@ -233,7 +249,7 @@ class _Exchange:
             except ValueError:
                 event = None
             if not isinstance(event, dict):
-                raise self._not_a_gateway()
+                raise self.not_a_gateway()
             if "error" in event:
                 raise _error(200, data)
             last = event
@@ -254,7 +270,7 @@ class _Exchange:
             )
         return DraftwireError(f"no HTTPS at {url}: {error.reason or error}", "is it an http:// address?", "no_gateway")
 
-    def _not_a_gateway(self) -> DraftwireError:
+    def not_a_gateway(self) -> DraftwireError:
         return DraftwireError(f"what answers at {self._gateway.url} is no Draftwire gateway", "check --url")
 
     def _explained(self, error: BaseException) -> BaseException:
@@ -298,8 +314,9 @@ def joined_workers(settings: Settings) -> Status:
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     missing = {("draft", name) for name in settings.draft}
     while time.monotonic() < deadline:
-        status: Status | None = router_status(settings)
-        if status is not None and is_serving(settings):
+        # In this order: a status from before it served may lack the verifier.
+        status: Status | None = router_status(settings) if is_serving(settings) else None
+        if status is not None:
             missing -= {(peer.role, peer.instance) for peer in status.peers if peer.alive}
             if not missing:
                 return status
@@ -312,7 +329,7 @@ def router_status(settings: Settings, timeout_s: float = 1.0) -> Any:
     """The router's `Status` of itself and its peers; None when no router answers."""
     from shared.messages import GetStatus, Status
 
-    return ask_router(settings, GetStatus(random.getrandbits(63)), Status, timeout_s)
+    return ask_router(settings, GetStatus(random.getrandbits(63)), Status, timeout_s=timeout_s)
 
 
 def dial(
@@ -338,23 +355,40 @@ def dial(
     return sock
 
 
-def ask_router(settings: Settings, question: Any, kind: type, timeout_s: float = 1.0) -> Any:
-    """The router's answer to a message, of the kind that is expected; None when it does not come in time.
+def service_status(settings: Settings, name: Literal["tokenizer", "sampler"], timeout_s: float = 1.0) -> Any:
+    """The `ServiceStatus` of one that the router does not know; None when it does not answer."""
+    from shared.messages import GetStatus, ServiceStatus
+
+    return _ask(settings, name, GetStatus(random.getrandbits(63)), (ServiceStatus,), timeout_s)
+
+
+def ask_router(settings: Settings, question: Any, *kinds: type, timeout_s: float = 1.0) -> Any:
+    """The router's answer to a message, of one of the kinds; None when it does not come in time.
 
     Raises:
         DraftwireError: what comes cannot be read.
     """
+    return _ask(settings, "router", question, kinds, timeout_s)
+
+
+def _ask(
+    settings: Settings,
+    service: Literal["router", "tokenizer", "sampler"],
+    question: Any,
+    kinds: tuple[type, ...],
+    timeout_s: float,
+) -> Any:
     import zmq
 
     from shared import wire
 
-    with zmq.Context() as context, dial(context, settings, "router") as sock:
+    with zmq.Context() as context, dial(context, settings, service) as sock:
         sock.send_multipart(wire.encode(question))
         while sock.poll(int(timeout_s * 1000)):
             try:
                 message = wire.decode(sock.recv_multipart())
             except WireError as error:
-                raise DraftwireError(f"the router's answer cannot be read: {error}", code=error.code) from None
-            if isinstance(message, kind):
+                raise DraftwireError(f"the {service}'s answer cannot be read: {error}", code=error.code) from None
+            if isinstance(message, kinds):
                 return message
     return None

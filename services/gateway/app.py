@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from services.gateway.access import Caller, source_of
 from services.gateway.errors import ApiError
 from services.gateway.generation import Delta, Outcome, Transcript
+from services.gateway.metrics import CONTENT_TYPE
 from services.gateway.requests import (
     Completion,
     Shape,
@@ -54,6 +55,7 @@ def build_app(gateway: GatewayService) -> Starlette:
         routes=[
             Route("/health", simple.health, methods=["GET"]),
             Route("/v1/health", simple.health, methods=["GET"]),
+            *([Route("/metrics", simple.metrics, methods=["GET"])] if gateway.settings.gateway.metrics else ()),
             Route("/v1/models", simple.models, methods=["GET"]),
             Route("/models", simple.models, methods=["GET"]),
             Route("/tokenize", simple.tokenize, methods=["POST"]),
@@ -111,6 +113,9 @@ class _Simple:
         if health["status"] == "ok":
             return JSONResponse(health)
         return JSONResponse(health, 503, {"retry-after": "1"})
+
+    async def metrics(self, _request: Request) -> Response:
+        return Response(await self._gateway.metrics(), headers={"content-type": CONTENT_TYPE})
 
     async def models(self, _request: Request) -> Response:
         vocabulary = self._gateway.tokenizer.describe()

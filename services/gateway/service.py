@@ -34,6 +34,7 @@ from services.gateway.access import ANYBODY, Access, Caller
 from services.gateway.app import CLIENT_GONE, build_app
 from services.gateway.errors import ApiError, bad_field, from_wire, unavailable
 from services.gateway.generation import Generation, Outcome, Transcript
+from services.gateway.metrics import Counters, Present, render
 from services.gateway.requests import Completion, check_ids
 from services.gateway.responses import compact
 from services.gateway.timings import speculation_report, timings
@@ -114,6 +115,7 @@ class GatewayService(Service):
         """Generations that the router works on, by their number on the wire."""
         self._statuses: dict[int, asyncio.Future[Status]] = {}
         self._n_admitted = 0
+        self._counters = Counters()
         self._address_file: Path | None = None
         self._server: _Server
         self._serving: asyncio.Task[None] | None = None
@@ -232,6 +234,12 @@ class GatewayService(Service):
             reason = f"the tokenizer has not the vocabulary of verifier {other.instance}"
             return {"status": "error", "missing": [], "reason": reason}
         return {"status": "ok"}
+
+    async def metrics(self) -> bytes:
+        """The body of `/metrics`."""
+        status = await self._router_status()
+        present = Present(version(), self.uptime_s, self._n_admitted, self.tokenizer.alive, status)
+        return render(self._counters, present)
 
     @contextmanager
     def admitted(self, endpoint: str, caller: Caller) -> Iterator[Exchange]:
@@ -413,6 +421,8 @@ class GatewayService(Service):
         draft = finished.draft if finished is not None else DraftStats()
         exchange.caller.charge(target.n_prompt + target.n_generated)
         measured = timings(target)
+        total_s = (time.monotonic_ns() - exchange.arrived_ns) / 1e9
+        self._counters.add(exchange.status, total_s, target, draft)
         if exchange.outcome is not None:
             finish: str = exchange.outcome.stop_type
         else:
@@ -428,7 +438,7 @@ class GatewayService(Service):
             **({"api_key": exchange.caller.name} if exchange.caller.name else {}),
             seed=exchange.seed,
             n_prompt=exchange.n_prompt,
-            total_ms=round((time.monotonic_ns() - exchange.arrived_ns) / 1e6, 3),
+            total_ms=round(total_s * 1000, 3),
             **measured,
             **speculation_report(target, draft),
             chunk=compact({"timings": plain}),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from shared.clock import ClockWatch
-from shared.messages import Hello, Role
+from shared.messages import MAX_U32, Hello, Role
 from shared.routing.figures import FadingMean
 from shared.speculation.cost import StepCost
 
@@ -21,19 +21,26 @@ _PREFILL_HALF_LIFE_S, _MOST_PREFILL = 600.0, 20_000.0
 class Peer:
     """One registered peer. id: its routing id on `link_name`. sessions: those it works on. clock: against the router's.
 
-    Of a verifier, step: what its steps cost, None until it has said so; prefill: its seconds a prompt token.
+    Of a verifier, step: what its steps cost, None until it has said so; prefill: its seconds a prompt token; n_steps,
+    n_step_sessions: as it has reported them.
     """
 
     id: bytes
     link_name: str
     hello: Hello
     heard_at: float
+    joined_at: float = field(init=False)
     rtts_us: list[int] = field(default_factory=list)
     sessions: set[int] = field(default_factory=set)
     draining: bool = False
     clock: ClockWatch = field(default_factory=ClockWatch)
     step: StepCost | None = None
+    n_steps: int = 0
+    n_step_sessions: int = 0
     prefill: FadingMean = field(default_factory=lambda: FadingMean(_PREFILL_HALF_LIFE_S, _MOST_PREFILL))
+
+    def __post_init__(self) -> None:
+        self.joined_at = self.heard_at
 
     @property
     def rtt_us(self) -> int | None:
@@ -42,6 +49,10 @@ class Peer:
 
     def heard(self, now: float) -> None:
         self.heard_at = now
+
+    def uptime_s(self, now: float) -> int:
+        """How long its process has been running."""
+        return min(MAX_U32, self.hello.uptime_s + max(0, int(now - self.joined_at)))
 
     def measured(self, rtt_us: int) -> None:
         self.rtts_us.append(rtt_us)

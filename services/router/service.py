@@ -19,10 +19,11 @@ import zmq
 from services.router.assignment import Assignment
 from services.router.health import LOST_SESSIONS
 from services.router.held import Held, HeldSessions
+from services.router.orders import FILE, MOST, Orders
 from services.router.peers import Peer, PeerTable
-from services.router.sessions import Session
+from services.router.sessions import Session, Tally
 from services.router.status import status_of
-from services.router.workers import WorkerRecord, WorkerTable
+from services.router.workers import SHUT, WorkerRecord, WorkerTable
 from shared import trace
 from shared.clock import RoundTrip
 from shared.errors import RequestError
@@ -44,6 +45,8 @@ from shared.messages import (
     Message,
     OpenDraft,
     OpenTarget,
+    Ordered,
+    OrderWorker,
     Ping,
     Pong,
     Proposal,
@@ -57,7 +60,7 @@ from shared.messages import (
     TraceSources,
     Welcome,
 )
-from shared.peer import UNKNOWN_PEER
+from shared.peer import BANNED, UNKNOWN_PEER
 from shared.routing.lookup import LookupFigures
 from shared.routing.policy import Asked, Candidate, Choice, Policy, Target, place
 from shared.routing.score import STEP_PRIOR, beside, step_cost
@@ -67,6 +70,9 @@ from shared.settings import Settings
 
 LOCAL, DRAFTS = "local", "drafts"
 _MAX_QUESTIONS = 1024
+_BANNED_RETRY_S = 10
+"""How often a banned worker asks; when the ban is lifted it is told at once."""
+_PINNED = "an operator has pinned it to this worker"
 
 _TARGET_PREFILL_PRIOR_S, _PREFILL_PRIOR_TOKENS = 1 / 250, 64
 
@@ -88,8 +94,16 @@ class RouterService(Service):
         self._questions: OrderedDict[int, tuple[bytes, int]] = OrderedDict()
         """Who asked for an explanation or a trace, and by which reference, by the reference that was passed on."""
         self._sockets: dict[str, Link] = {}
+        self._orders = Orders(settings.run_path / FILE)
+        self._turned_away: dict[str, bytes] = {}
+        """Routing ids of banned workers that would come if they might."""
+        self._tally = Tally()
 
     async def start(self) -> None:
+        if self._orders.warning:
+            self.log.warning("orders_ignored", file=FILE, reason=self._orders.warning)
+        for name in self._orders:
+            self.log.warning("worker_order_stands", worker=name, order=self._orders.of(name))
         self._sockets[LOCAL] = self._bind(
             LOCAL,
             self.settings.endpoint("router"),
@@ -99,6 +113,7 @@ class RouterService(Service):
                 Commit: self._on_commit,
                 StepReport: self._on_step_report,
                 GetStatus: self._on_status,
+                OrderWorker: self._on_order,
                 GetExplanation: self._on_get_explanation,
                 Explanation: self._on_explanation,
                 GetTrace: self._on_get_trace,
@@ -135,7 +150,7 @@ class RouterService(Service):
             self._reply(link_name, peer_id, Error(0, "wrong_socket", f"a {hello.role} has no business at this socket"))
             return
         known = self._peers.get(link_name, peer_id)
-        joined = known is None or known.hello != hello
+        joined = known is None or known.hello != replace(hello, uptime_s=known.hello.uptime_s)
         if known is not None and not joined:
             known.heard(time.monotonic())
         else:
@@ -146,10 +161,13 @@ class RouterService(Service):
                 self.log.error("draft_refused", instance=hello.instance, reason=mismatch.message)
                 self._reply(link_name, peer_id, mismatch)
                 return
+            if hello.role == "draft" and self._orders.of(hello.instance) == "ban":
+                self._turn_away(hello.instance, peer_id)
+                return
             peer = Peer(peer_id, link_name, hello, time.monotonic())
             self._peers.add(peer)
             if hello.role == "draft":
-                self._workers.joined(peer, peer.heard_at)
+                self._workers.joined(peer, peer.heard_at).order = self._orders.of(hello.instance)
             self.log.info("peer_joined", role=hello.role, peer=hello.instance, engine=hello.engine, model=hello.model)
         self._reply(link_name, peer_id, Welcome(self._boot, self.settings.router.heartbeat_ms))
         self._reply(link_name, peer_id, Ping(time.monotonic_ns()))
@@ -201,7 +219,9 @@ class RouterService(Service):
                 if message.clock_ns:
                     peer.clock.observe(RoundTrip(message.sent_ns, message.clock_ns, now_ns))
                 if peer.hello.role == "draft" and peer.rtt_us is not None:
-                    self._workers[peer.hello.instance].figures.rtt_s = peer.rtt_us / 1e6
+                    record = self._workers[peer.hello.instance]
+                    record.figures.rtt_s = peer.rtt_us / 1e6
+                    record.round_trip.observe((now_ns - message.sent_ns) / 1e9)
 
     def _on_goodbye(self, link_name: str, peer_id: bytes, message: Goodbye) -> None:
         peer = self._known(link_name, peer_id)
@@ -268,10 +288,16 @@ class RouterService(Service):
         self.log.warning(
             "worker_demoted", worker=record.name, reason=health.reason, retry_s=round(health.retry_s(now), 1)
         )
-        if record.peer is not None:
-            for session in [self._sessions[i] for i in sorted(record.peer.sessions) if i in self._sessions]:
-                self._take_away(session)
-                self._assign(session)
+        self._move_on(record)
+
+    def _move_on(self, record: WorkerRecord) -> int:
+        """A worker is to have no sessions: those that it has go to others, or decode plainly; how many it had."""
+        ids = sorted(record.peer.sessions) if record.peer is not None else []
+        sessions = [self._sessions[i] for i in ids if i in self._sessions]
+        for session in sessions:
+            self._take_away(session)
+            self._assign(session)
+        return len(sessions)
 
     def _lose(self, peer: Peer, reason: str, fault: float = 0.0) -> None:
         """A peer is gone: its sessions move on (draft), end with an error (verifier), or are cancelled (gateway).
@@ -351,7 +377,10 @@ class RouterService(Service):
                 raise RequestError(f"token id {token} is outside 0..{target.n_vocab - 1}", "", "bad_token")
 
         session = Session(random.getrandbits(63), gateway, verifier, message, message.tokens.tolist(), time.monotonic())
+        if message.speculation.draft == "auto":
+            session.opened_pin = self._orders.pinned
         self._sessions[session.id] = session
+        self._tally.n_opened += 1
         self._requests[gateway.id, message.request] = session.id
         gateway.sessions.add(session.id)
         verifier.sessions.add(session.id)
@@ -362,6 +391,7 @@ class RouterService(Service):
             OpenTarget(session.id, message.tokens, message.sampling, message.limits, message.speculation),
         )
         if not opened:
+            self._tally.n_failed += 1
             self._forget(session)
             raise RequestError("the verifier takes no more messages", "try again", "overloaded")
         self.log.debug("session_opened", session=session.id, n_prompt=n_prompt)
@@ -369,7 +399,7 @@ class RouterService(Service):
 
     def _check_draft(self, wanted: str) -> None:
         """A worker that is only away for a time may be asked for, one that nobody knows may not."""
-        known = {*self.settings.draft, *(record.name for record in self._workers)}
+        known = self._known_workers()
         if wanted not in ("auto", "none", *known):
             raise RequestError(
                 f"there is no draft worker {wanted[:40]!r}",
@@ -377,15 +407,50 @@ class RouterService(Service):
                 "unknown_draft",
             )
 
+    def _known_workers(self) -> set[str]:
+        return {*self.settings.draft, *(record.name for record in self._workers)}
+
     def _assign(self, session: Session) -> None:
-        """Give a session a draft worker, if there is one for it."""
+        """Give a session a draft worker, if there is one for it: the one that an operator wants, else the best."""
         if session.request.speculation.n_max == 0:
             return
         now = time.monotonic()
         candidates = self._candidates(session)
-        choice = self._policy.first(self._asked(session, now), candidates, now)
+        asked = self._asked(session, now)
+        pin = self._pin_of(session)
+        choice = self._pinned(pin, asked, candidates, now)
+        if choice is None:
+            choice = self._policy.first(asked, candidates, now)
+            if choice is not None and pin:
+                choice = replace(choice, why=f"{choice.why}; pinned to {pin}, which {self._why_not(session, pin)}")
         if choice is not None:
             self._give(session, choice, now)
+
+    def _pin_of(self, session: Session) -> str:
+        """The worker that an operator wants for a session, or empty."""
+        if session.pin:
+            return session.pin
+        return session.opened_pin if session.opened_pin == self._orders.pinned else ""
+
+    def _pinned(self, pin: str, asked: Asked, candidates: Sequence[Candidate], now: float) -> Choice | None:
+        """The worker of this name, if it can take a session."""
+        if not pin:
+            return None
+        choice = self._policy.first(replace(asked, wanted=pin), candidates, now)
+        return replace(choice, why=_PINNED) if choice is not None else None
+
+    def _why_not(self, session: Session, name: str) -> str:
+        """Why a session cannot have a worker, in words that follow its name."""
+        record = self._workers.get(name)
+        if record is None or record.peer is None:
+            return "is away"
+        if record.order in SHUT:
+            return "is drained"
+        if record.health.state == "demoted":
+            return "is demoted"
+        if record.n_sessions >= record.n_slots:
+            return "has no free slot"
+        return "has refused it" if name in session.refused else "cannot draft for it"
 
     def _candidates(self, session: Session) -> list[Candidate]:
         """The workers that can draft for a session, and for others if they have the slots."""
@@ -467,9 +532,21 @@ class RouterService(Service):
             self._assign(session)
             self._assign_waiting()
             return
+        if self._to_pin(session):
+            return
         now = time.monotonic()
         current = self._workers[worker.hello.instance].candidate(session.id)
         self._move(session, current, self._candidates(session), now)
+
+    def _to_pin(self, session: Session) -> bool:
+        """Give a session to the worker that an operator wants for it; True: it has that one now."""
+        pin, now = self._pin_of(session), time.monotonic()
+        if session.draft is not None and session.draft.hello.instance == pin:
+            return True
+        choice = self._pinned(pin, self._asked(session, now), self._candidates(session), now)
+        if choice is not None:
+            self._switch(session, choice, now)
+        return choice is not None
 
     def _hold_against_lookup(self, session: Session) -> None:
         """Would prompt lookup be better now than the model that drafts, or a model than prompt lookup?"""
@@ -477,6 +554,8 @@ class RouterService(Service):
         on_trial = session.choice is not None and session.choice.trial
         if session.draft is None or session.figures.lookup is None or on_trial:
             return  # without one it is given the best as soon as there is one; a trial is to end
+        if session.draft.hello.instance == self._pin_of(session):
+            return
         now = time.monotonic()
         current = self._workers[session.draft.hello.instance].candidate(session.id)
         others = [c for c in self._candidates(session) if c.figures.looks_up != current.figures.looks_up]
@@ -486,14 +565,20 @@ class RouterService(Service):
         """Give a session to another worker, if one is better by enough."""
         choice = self._policy.again(self._asked(session, now), current, candidates, now)
         if choice is not None:
+            self._switch(session, choice, now)
+
+    def _switch(self, session: Session, choice: Choice, now: float) -> None:
+        """Take a session from its worker, if it has one, and give it to another."""
+        if session.draft is not None:
+            previous = self._workers[session.draft.hello.instance]
             self.log.info(
-                "draft_moved", session=session.id, worker=choice.instance, previous=current.instance, why=choice.why
+                "draft_moved", session=session.id, worker=choice.instance, previous=previous.name, why=choice.why
             )
             self._take_away(session)
             session.n_moves += 1
-            session.n_lookup_moves += self._workers[choice.instance].figures.looks_up != current.figures.looks_up
-            self._give(session, choice, now)
-            self._assign_waiting()
+            session.n_lookup_moves += self._workers[choice.instance].figures.looks_up != previous.figures.looks_up
+        self._give(session, choice, now)
+        self._assign_waiting()
 
     def _on_proposal(self, peer_id: bytes, message: Proposal) -> None:
         began = time.monotonic_ns()
@@ -514,6 +599,12 @@ class RouterService(Service):
         session.drafted(message)
         self._send(session.verifier, message)
         trace.span("router.proposal", began, session.id, message.start, len(message.tokens))
+        self._tally.n_drafted += len(message.tokens)
+        if message.decode_us:
+            record.token.observe(message.decode_us / 1e6 / len(message.tokens), len(message.tokens))
+        if received.anew and session.contradicted_at is not None:
+            record.reply.observe(now - session.contradicted_at)
+            session.contradicted_at = None
         if record.health.drafted(len(message.tokens), now):
             self.log.info("worker_readmitted", worker=record.name)
             self._offer(record)
@@ -536,6 +627,8 @@ class RouterService(Service):
             self._send(verifier, Close(session.id))
             self._fail(session, Error(0, "lost_commit", "a part of the text was lost on the way", "try again", 1))
             return
+        self._tally.n_tokens += len(message.tokens)
+        self._tally.n_accepted += min(message.n_accepted, len(message.tokens))
         session.committed(message)  # first, so that a worker which takes over now gets these tokens too
         self._judge(session, message)
         if session.draft is not None:
@@ -551,6 +644,7 @@ class RouterService(Service):
             self._send(session.gateway, Finished(session.request.request, message.finish, stats, session.draft_stats))
             if (computed := stats.n_prompt - stats.n_cached) > 0 and stats.prefill_us:
                 verifier.prefill.observe(stats.prefill_us / 1e6 / computed, computed, time.monotonic())
+            self._tally.n_ended += 1
             self._forget(session)
         elif not alive:
             self._lose(session.gateway, "its connection is gone, or it does not read")
@@ -569,11 +663,14 @@ class RouterService(Service):
             worker = session.draft.hello.instance
             self._workers[worker].figures.judged(sum(trials), len(trials), now)
             session.figures.judged(worker, sum(trials), len(trials), now)
+            if not all(trials):
+                session.contradicted_at = now
 
     def _on_step_report(self, peer_id: bytes, message: StepReport) -> None:
         verifier = self._known(LOCAL, peer_id)
         if verifier is None:
             return
+        verifier.n_steps, verifier.n_step_sessions = message.n_steps, message.n_step_sessions
         try:
             verifier.step = step_cost(message.points)
         except ValueError as error:
@@ -611,6 +708,7 @@ class RouterService(Service):
         )
         if session.draft is not None:
             self._send(session.draft, Close(session.id))
+        self._tally.n_failed += 1
         self._forget(session)
 
     def _forget(self, session: Session) -> None:
@@ -641,9 +739,104 @@ class RouterService(Service):
             list(self._workers),
             list(self._sessions.values()),
             self._policy,
+            self._orders,
+            self._tally,
+            self._pin_of,
             time.monotonic(),
         )
         self._reply(LOCAL, peer_id, status)
+
+    def _on_order(self, peer_id: bytes, message: OrderWorker) -> None:
+        answer: Ordered | Error
+        try:
+            answer = self._pin_session(message) if message.session else self._order(message)
+        except RequestError as error:
+            answer = Error(message.ref, error.code, error.message, error.remedy)
+        self._reply(LOCAL, peer_id, answer)
+
+    def _order(self, message: OrderWorker) -> Ordered:
+        """Take an order about a worker, and do what follows from it at once."""
+        name, order = message.worker, message.order
+        self._check_ordered(name)
+        previous = self._orders.of(name)
+        if len(self._orders) >= MOST and not previous and order != "allow":
+            raise RequestError(
+                f"there are orders about {MOST} workers",
+                "draftwire workers allow NAME takes one back",
+                "too_many_orders",
+            )
+        unsaved = self._orders.give(name, "" if order == "allow" else order)
+        self.log.warning("worker_ordered", worker=name, order=order, previous=previous, unsaved=unsaved)
+        for record in self._workers:
+            record.order = self._orders.of(record.name)
+        ordered = self._workers.get(name)
+        n_moved = 0
+        if order == "allow":
+            for session in self._sessions.values():
+                if session.pin == name:
+                    session.pin = ""
+                    session.review_soon()
+        if order in SHUT and ordered is not None:
+            n_moved = self._move_on(ordered)
+        if order == "ban" and ordered is not None and (peer := ordered.peer) is not None:
+            self._lose(peer, "an operator has banned it")
+            self._turn_away(name, peer.id)
+        if order != "ban" and (peer_id := self._turned_away.pop(name, None)) is not None:
+            self._reply(DRAFTS, peer_id, Error(0, UNKNOWN_PEER, "it may connect again", "say Hello"))
+        if order not in SHUT and previous in SHUT and ordered is not None and ordered.peer is not None:
+            self._offer(ordered)
+        return Ordered(message.ref, n_moved, not unsaved, unsaved)
+
+    def _pin_session(self, message: OrderWorker) -> Ordered:
+        """One session is to go to a worker, and to stay there."""
+        name = message.worker
+        self._check_ordered(name)
+        session = self._sessions.get(message.session)
+        if session is None:
+            raise RequestError(
+                f"there is no generation {message.session:016x} in progress",
+                "draftwire workers shows those there are",
+                "unknown_session",
+            )
+        if message.order != "pin":
+            raise RequestError("a single generation can only be pinned", "leave the session away", "bad_order")
+        if session.request.speculation.n_max == 0 or session.request.speculation.draft == "none":
+            raise RequestError("the request of this generation wants no draft", "", "no_draft_wanted")
+        if (order := self._orders.of(name)) in SHUT:
+            raise RequestError(
+                f"there is an order about draft worker {name}: {order}",
+                f"draftwire workers allow {name}",
+                "worker_shut",
+            )
+        session.pin = name
+        had = session.draft
+        there = self._to_pin(session)
+        self.log.warning("session_pinned", session=session.id, worker=name, there=there)
+        note = "" if there else f"{name} {self._why_not(session, name)}; until it can, others draft"
+        return Ordered(message.ref, int(session.draft is not had), False, note)
+
+    def _check_ordered(self, name: str) -> None:
+        known = {*self._known_workers(), *self._orders}
+        if name not in known:
+            raise RequestError(
+                f"there is no draft worker {name[:40]!r}",
+                f"known here: {', '.join(sorted(known))[:2000] or 'none'}",
+                "unknown_worker",
+            )
+
+    def _turn_away(self, name: str, peer_id: bytes) -> None:
+        """A banned worker is told so; it stays as it is and asks now and then."""
+        if self._turned_away.get(name) != peer_id:
+            self._turned_away[name] = peer_id
+            self.log.warning("draft_banned", worker=name)
+        error = Error(
+            0,
+            BANNED,
+            f"an operator has banned draft worker {name}",
+            f"draftwire workers allow {name}, where the router runs",
+            _BANNED_RETRY_S,
+        )
+        self._reply(DRAFTS, peer_id, error)
 
     def _on_get_explanation(self, peer_id: bytes, message: GetExplanation) -> None:
         held = self._held.get(message.session)

@@ -5,11 +5,11 @@ Invariant: `tokens` is the prompt and every commit forwarded so far, so that any
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from services.router.assignment import Assignment
 from services.router.peers import Peer
-from shared.messages import MAX_MICROS, MAX_U32, Commit, DraftStats, Generate, Proposal
+from shared.messages import MAX_MICROS, MAX_U32, Commit, DraftStats, Generate, Proposal, Totals
 from shared.routing.figures import SessionFigures
 from shared.routing.policy import (
     LOOKUP_COMMITS,
@@ -22,12 +22,29 @@ from shared.routing.policy import (
 
 
 @dataclass(slots=True)
+class Tally:
+    """What all generations add up to; see `Totals`."""
+
+    n_opened: int = 0
+    n_ended: int = 0
+    n_failed: int = 0
+    n_tokens: int = 0
+    n_accepted: int = 0
+    n_drafted: int = 0
+
+    def message(self) -> Totals:
+        return Totals(*astuple(self))
+
+
+@dataclass(slots=True)
 class Session:
     """One generation.
 
     draft: the worker that drafts for it now; assignment: its work, choice: why it was chosen. refused: by these
     instances, until it is considered again. review_in: commits until its worker is considered again; lookup_in: until
     it is held against prompt lookup. n_moves: all its moves, n_lookup_moves: those between a model and prompt lookup.
+    pin: the worker that an operator wants for it; opened_pin: the one that new sessions went to when it was opened.
+    contradicted_at: when its worker was, and has proposed nothing since.
     """
 
     id: int
@@ -50,6 +67,9 @@ class Session:
     n_drafted: int = 0
     prefill_us: int = 0
     decode_us: int = 0
+    pin: str = ""
+    opened_pin: str = ""
+    contradicted_at: float | None = None
 
     def assigned(self, worker: Peer, assignment: Assignment, choice: Choice) -> None:
         if self.last_worker not in ("", worker.hello.instance):
@@ -59,7 +79,7 @@ class Session:
         self.reviewed()
 
     def unassigned(self) -> None:
-        self.draft = self.assignment = self.choice = None
+        self.draft = self.assignment = self.choice = self.contradicted_at = None
 
     def reviewed(self) -> None:
         """Its worker was considered just now."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from services.router.orders import Orders
 from services.router.peers import Peer
-from services.router.sessions import Session
-from services.router.workers import WorkerRecord
-from shared.messages import MAX_MICROS, MAX_U32, PeerStatus, SessionStatus, Status, WorkerState, WorkerStatus
+from services.router.sessions import Session, Tally
+from services.router.workers import SHUT, WorkerRecord
+from shared.messages import MAX_MICROS, MAX_U32, Order, PeerStatus, SessionStatus, Status, WorkerState, WorkerStatus
 from shared.routing.policy import Asked, Candidate, Policy
 from shared.routing.score import STEP_PRIOR, beside
 
@@ -22,23 +23,31 @@ def status_of(
     workers: Sequence[WorkerRecord],
     sessions: Sequence[Session],
     policy: Policy,
+    orders: Orders,
+    tally: Tally,
+    pin_of: Callable[[Session], str],
     now: float,
 ) -> Status:
     """The answer to `GetStatus`."""
-    demoted = {record.name for record in workers if record.health.state == "demoted"}
+    shut = {record.name for record in workers if record.health.state == "demoted" or record.order in SHUT}
+    strangers = set(orders) - {record.name for record in workers}
     typical = _typical([p for p in peers if p.hello.role == "verifier"])
     return Status(
         ref,
         version,
         uptime_s,
         len(sessions),
-        tuple(_peer(peer, demoted) for peer in peers)[:_MOST],
-        tuple(_worker(record, typical, policy, now) for record in workers)[:_MOST],
-        tuple(_session(session, now) for session in sessions[:_MOST]),
+        tuple(_peer(peer, shut, now) for peer in peers)[:_MOST],
+        (
+            *(_worker(record, typical, policy, now) for record in workers),
+            *(_stranger(name, orders.of(name)) for name in sorted(strangers)),
+        )[:_MOST],
+        tuple(_session(session, pin_of(session), now) for session in sessions[:_MOST]),
+        tally.message(),
     )
 
 
-def _peer(peer: Peer, demoted: set[str]) -> PeerStatus:
+def _peer(peer: Peer, shut: set[str], now: float) -> PeerStatus:
     hello = peer.hello
     return PeerStatus(
         hello.role,
@@ -52,7 +61,11 @@ def _peer(peer: Peer, demoted: set[str]) -> PeerStatus:
         len(peer.sessions),
         hello.row_invariant,
         peer.rtt_us or 0,
-        not peer.draining and not (hello.role == "draft" and hello.instance in demoted),
+        not peer.draining and not (hello.role == "draft" and hello.instance in shut),
+        hello.version,
+        peer.uptime_s(now),
+        peer.n_steps,
+        peer.n_step_sessions,
     )
 
 
@@ -68,7 +81,10 @@ def _typical(verifiers: Sequence[Peer]) -> Asked:
 def _worker(record: WorkerRecord, typical: Asked, policy: Policy, now: float) -> WorkerStatus:
     hello, figures, health = record.hello, record.figures, record.health
     state: WorkerState = health.state
-    if record.peer is None and state != "demoted":
+    reason = health.reason
+    if record.order in SHUT:
+        state, reason = _kept_out(record.order)
+    elif record.peer is None and state != "demoted":
         state = "away"
     candidate = Candidate(record.name, figures, record.n_sessions, record.n_slots)
     return WorkerStatus(
@@ -76,7 +92,7 @@ def _worker(record: WorkerRecord, typical: Asked, policy: Policy, now: float) ->
         hello.engine,
         hello.model,
         state,
-        health.reason,
+        reason,
         int(health.retry_s(now) * 1000),
         health.n_demotions,
         record.n_sessions,
@@ -87,10 +103,25 @@ def _worker(record: WorkerRecord, typical: Asked, policy: Policy, now: float) ->
         figures.acceptance(now),
         int(figures.n_trials(now)),
         policy.rate(typical, candidate, now) / typical.plain,
+        record.order,
+        record.peer is not None,
+        record.round_trip.message(),
+        record.token.message(),
+        record.reply.message(),
     )
 
 
-def _session(session: Session, now: float) -> SessionStatus:
+def _kept_out(order: Order) -> tuple[WorkerState, str]:
+    return ("banned", "banned by an operator") if order == "ban" else ("drained", "drained by an operator")
+
+
+def _stranger(name: str, order: Order) -> WorkerStatus:
+    """A worker of which nothing is known but an order."""
+    state, reason = _kept_out(order) if order in SHUT else ("away", "")
+    return WorkerStatus(name, "", "", state, reason, 0, 0, 0, 0, 0, 0, 0, 0.0, 0, 1.0, order)
+
+
+def _session(session: Session, pin: str, now: float) -> SessionStatus:
     worker = session.draft.hello.instance if session.draft is not None else ""
     trials = session.figures.by_worker.get(worker)
     if session.choice is not None:
@@ -108,4 +139,5 @@ def _session(session: Session, now: float) -> SessionStatus:
         session.n_moves,
         trials.value(now, 0.0, 0.0) if trials is not None and trials.weight(now) else 0.0,
         session.choice.speed_up if session.choice is not None else 1.0,
+        pin,
     )

@@ -7,13 +7,18 @@ those that are away are forgotten, the oldest first.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from services.router.health import Health
 from services.router.peers import Peer
-from shared.messages import Hello
+from shared.histograms import Times
+from shared.messages import Hello, Order
 from shared.routing.figures import WorkerFigures
 from shared.routing.policy import Candidate
+
+SHUT: Final = ("drain", "ban")
+"""Orders under which a worker gets no sessions."""
 
 _MOST_RECORDS = 1024
 _DEGRADED = 1.5
@@ -22,13 +27,20 @@ _DEGRADED = 1.5
 
 @dataclass(slots=True)
 class WorkerRecord:
-    """One draft worker. usual_token_s: of a session, at the last look."""
+    """One draft worker. usual_token_s: of a session, at the last look. order: an operator's.
+
+    round_trip, token, reply: as in `WorkerStatus`.
+    """
 
     hello: Hello
     figures: WorkerFigures
     health: Health
     peer: Peer | None = None
     usual_token_s: float = 0.0
+    order: Order = ""
+    round_trip: Times = field(default_factory=Times)
+    token: Times = field(default_factory=Times)
+    reply: Times = field(default_factory=Times)
 
     @property
     def name(self) -> str:
@@ -41,7 +53,7 @@ class WorkerRecord:
     @property
     def n_slots(self) -> int:
         """How many sessions it may have now."""
-        return self.health.slots(self.hello.n_slots)
+        return 0 if self.order in SHUT else self.health.slots(self.hello.n_slots)
 
     def candidate(self, session: int) -> Candidate:
         """It as the policy sees it, for this session."""
@@ -74,8 +86,8 @@ class WorkerTable:
     def __getitem__(self, name: str) -> WorkerRecord:
         return self._records[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._records
+    def get(self, name: str) -> WorkerRecord | None:
+        return self._records.get(name)
 
     def joined(self, peer: Peer, now: float) -> WorkerRecord:
         """A worker has registered; one of the same name, engine and model is believed to be as fast as before."""

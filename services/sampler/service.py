@@ -16,17 +16,19 @@ from shared.messages import (
     CloseSampling,
     Error,
     FullRows,
+    GetStatus,
     GetTrace,
     NeedRows,
     OpenSampling,
     Ping,
     Pong,
+    ServiceStatus,
     Verdict,
     VerdictItem,
     Verify,
 )
 from shared.sampling.acceptance import NeedsRows
-from shared.service import Link, Service
+from shared.service import Link, Service, version
 from shared.settings import Settings
 
 MAX_SESSIONS = 4096
@@ -83,6 +85,7 @@ class SamplerService(Service):
                 FullRows: self._on_full_rows,
                 Ping: self._on_ping,
                 GetTrace: self._on_get_trace,
+                GetStatus: self._on_status,
             },
         )
         self._link.bind(self.settings.endpoint("sampler"), "sampler")
@@ -97,6 +100,10 @@ class SamplerService(Service):
 
     def drain(self) -> None:
         self.log.info("rows_sampled", rows=self._rows, full_rows=self._full_rows)
+
+    def _on_status(self, peer: bytes, message: GetStatus) -> None:
+        n_sessions = self.held()["sessions"]
+        self._link.send(ServiceStatus(message.ref, self.name, version(), self.uptime_s, n_sessions), peer)
 
     def _client(self, peer: bytes) -> Client:
         client = self._clients.get(peer)

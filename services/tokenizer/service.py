@@ -28,14 +28,16 @@ from shared.messages import (
     Encode,
     Encoded,
     Error,
+    GetStatus,
     GetTrace,
     Message,
     Ping,
     Pong,
+    ServiceStatus,
 )
 from shared.model.names import resolve_model
 from shared.model.vocabulary import Vocabulary
-from shared.service import Link, Service
+from shared.service import Link, Service, version
 from shared.settings import Settings
 
 LONG_TEXT = 16_384
@@ -137,7 +139,7 @@ def decode(vocabulary: VocabularyLike, message: Decode) -> Decoded:
 
 
 class TokenizerService(Service):
-    """One socket: three questions, and what was recorded of them."""
+    """One socket: four questions, and what was recorded of them."""
 
     name = "tokenizer"
 
@@ -159,6 +161,7 @@ class TokenizerService(Service):
                 Decode: self._on_decode,
                 Ping: self._on_ping,
                 GetTrace: self._on_get_trace,
+                GetStatus: self._on_status,
             },
         )
         self._link.bind(self.settings.endpoint("tokenizer"), "tokenizer")
@@ -183,6 +186,10 @@ class TokenizerService(Service):
 
     def _on_get_trace(self, peer: bytes, message: GetTrace) -> None:
         self._link.send(trace.answer(message, self.name, self.instance), peer)
+
+    def _on_status(self, peer: bytes, message: GetStatus) -> None:
+        about = self._vocabulary.name[:200]
+        self._link.send(ServiceStatus(message.ref, self.name, version(), self.uptime_s, self._n_waiting, about), peer)
 
     def _on_encode(self, peer: bytes, message: Encode) -> None:
         self._answer(peer, message.ref, len(message.text), lambda: encode(self._vocabulary, message))

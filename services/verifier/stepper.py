@@ -66,6 +66,7 @@ class Stepper:
         self._fixed = settings.length == "fixed"
         self._decisions = DecisionLog(not self._fixed, 2 * engine.info.n_slots)
         self._reported_us = 0
+        self._n_steps = self._n_step_sessions = 0
         self._awaited: TargetSession | None = None
         self._last_us = 0
         """When the last step ended, if it was of decoding sessions alone; 0: it was not."""
@@ -150,6 +151,8 @@ class Stepper:
             self.flush()
             return
         trace.span("verifier.forward", began, 0, 0, n_rows, len(taking_part))
+        self._n_steps += 1
+        self._n_step_sessions += len(taking_part)
         deciding = [(s, share.n_proposals) for s, share in taking_part if share.final]
         pending = {s.id: share.pending for s, share in taking_part}
         question = self._sampler.question(deciding, logits) if deciding else None
@@ -195,6 +198,7 @@ class Stepper:
                     trace.span("verifier.round", began, session.id, start, n_proposals, n_accepted, n_rows)
                 else:
                     trace.span("verifier.prefill", began, session.id, start, pending[session.id], n_rows)
+            self._report(decided)
         self.flush()
 
     def _no_room(self, error: EngineError, newest: TargetSession) -> None:
@@ -338,11 +342,14 @@ class Stepper:
         elapsed = (decided - self._last_us) / 1e6 if self._last_us else seconds
         self.controller.observe(rows, seconds, n_committed, elapsed)
         self._last_us = decided
-        if decided - self._reported_us >= _REPORT_EVERY_US and (
-            points := self.controller.costs.points(self._n_max + 1)
-        ):
-            self._reported_us = decided
-            self._out.append(StepReport(points))
+
+    def _report(self, now_us: int) -> None:
+        """Tell the router what steps cost: now and then, and once more when there is nothing left to do."""
+        if self.busy and now_us - self._reported_us < _REPORT_EVERY_US:
+            return
+        if points := self.controller.costs.points(self._n_max + 1):
+            self._reported_us = now_us
+            self._out.append(StepReport(points, self._n_steps, self._n_step_sessions))
 
     def _ready(self, session: TargetSession, n_proposals: int) -> policy.Ready:
         generated = len(session.prefix) - session.n_prompt

@@ -34,6 +34,9 @@ from shared.messages import (
     Message,
     OpenDraft,
     OpenTarget,
+    Order,
+    Ordered,
+    OrderWorker,
     PeerStatus,
     Ping,
     Pong,
@@ -43,6 +46,7 @@ from shared.messages import (
     StepReport,
     TargetStats,
     Tokens,
+    Totals,
     Trace,
     TraceSources,
     Verdict,
@@ -1233,3 +1237,274 @@ def test_anyone_may_compare_clocks_with_the_router(net: Net) -> None:
     net.cli.send(Ping(before))
     answer = net.cli.expect(Pong)
     assert answer.sent_ns == before <= answer.clock_ns <= time.monotonic_ns()
+
+
+# -- orders about workers --
+
+
+def order(net: Net, worker: str, what: Any, session: int = 0) -> Ordered:
+    net.cli.send(OrderWorker(3, worker, what, session))
+    answer: Ordered = net.cli.expect(Ordered)
+    assert answer.ref == 3
+    return answer
+
+
+def order_refused(net: Net, code: str, worker: str, what: Any, session: int = 0) -> Error:
+    net.cli.send(OrderWorker(3, worker, what, session))
+    error = net.cli.refused(code)
+    assert error.ref == 3
+    return error
+
+
+@pytest.fixture
+def orderly(net: Net) -> Iterator[Net]:
+    """The module's router, on which no order stands, neither before nor after."""
+    yield net
+    for worker in net.cli.status().workers:
+        if worker.order:
+            order(net, worker.instance, "allow")
+
+
+def banned(peer: Peer) -> Error:
+    """The router's word to a banned worker; a Pong that was on its way may have been answered before it."""
+    while (error := peer.expect(Error)).code == "unknown_peer":
+        pass
+    assert error.code == "banned"
+    return error
+
+
+def test_a_drained_worker_gets_nothing_until_allowed(orderly: Net) -> None:
+    """Its sessions move on at once, with all tokens; it stays connected, and coming back does not help it."""
+    net = orderly
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("a")
+    gateway.generate(1)
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    verifier.send(commit(session, text, 4))
+    worker.expect(Commit)
+    other = net.draft("b")
+    assert order(net, "a", "drain") == Ordered(3, 1, True, "")
+    assert worker.expect(Close).session == session
+    assert other.expect(OpenDraft).tokens.tolist() == text
+    status = worker_status(net, "a")
+    assert (status.state, status.reason, status.order, status.there) == (
+        *("drained", "drained by an operator", "drain", True),
+    )
+    assert not net.peer_status("a").alive
+    again = net.draft("a")
+    gateway.generate(2)
+    other.expect(OpenDraft)
+    gateway.generate(3, speculation=Speculation("a"))
+    again.nothing_before_now()
+    order(net, "a", "allow")
+    again.expect(OpenDraft)
+    assert worker_status(net, "a").state == "ok"
+
+
+def test_a_banned_worker_is_turned_away_until_allowed(orderly: Net) -> None:
+    """It is told so at once and at every Hello, and when it is wanted again; nothing that it sends counts."""
+    net = orderly
+    net.verifier()
+    gateway, worker = net.gateway(), net.draft("a")
+    gateway.generate(1)
+    session = worker.expect(OpenDraft).session
+    assert order(net, "a", "ban").n_moved == 1
+    assert worker.expect(Close).session == session
+    told = banned(worker)
+    assert "draft worker a" in told.message
+    assert "allow a" in told.remedy
+    assert told.retry_after_s > 0
+    worker.send(Proposal(session, 3, TokenPrefix(PROMPT).hash, (5,)))
+    worker.refused("unknown_peer")
+    worker.send(draft_hello("a"))
+    banned(worker)
+    stranger = net.peer(draft_hello("a"))
+    stranger.send(draft_hello("a"))
+    stranger.refused("banned")
+    status = worker_status(net, "a")
+    assert (status.state, status.there, [p for p in net.cli.status().peers if p.role == "draft"]) == (
+        "banned",
+        False,
+        [],
+    )
+    order(net, "a", "drain")
+    stranger.refused("unknown_peer")  # the last one that asked: an invitation to say Hello
+    stranger.join()
+    assert worker_status(net, "a").there
+    order(net, "a", "allow")
+    assert stranger.expect(OpenDraft).session == session
+
+
+def test_new_sessions_go_to_the_pinned_worker(orderly: Net) -> None:
+    """Whatever its score; those that run stay where they are, and requests that name a worker or none get that."""
+    net = orderly
+    net.verifier()
+    gateway, near, far = net.gateway(), net.draft("near"), net.draft("far", lag_us=400_000)
+    net.wait(lambda s: all(w.rtt_us for w in s.workers if w.there), near, far)
+    gateway.generate(1)
+    near.expect(OpenDraft)
+    order(net, "far", "pin")
+    near.nothing_before_now()
+    gateway.generate(2)
+    pinned = far.expect(OpenDraft).session
+    gateway.generate(3, speculation=Speculation("near"))
+    near.expect(OpenDraft)
+    session = next(s for s in net.cli.status().sessions if s.session == pinned)
+    assert (session.worker, session.pin) == ("far", "far")
+    assert "operator" in session.why
+
+
+def test_only_one_worker_is_pinned(orderly: Net) -> None:
+    """A worker has one order, and the pin is one: the newest counts."""
+    net = orderly
+    net.draft("a")
+    net.draft("b")
+    order(net, "a", "pin")
+    order(net, "b", "pin")
+    assert [worker_status(net, name).order for name in "ab"] == ["", "pin"]
+    order(net, "b", "drain")
+    assert worker_status(net, "b").order == "drain"
+
+
+def test_a_pinned_session_falls_back_and_says_so(orderly: Net) -> None:
+    """While its worker is away another drafts for it; when it is back it gets the session again."""
+    net = orderly
+    verifier, gateway, pinned, other = net.verifier(), net.gateway(), net.draft("a"), net.draft("b")
+    order(net, "a", "pin")
+    gateway.generate(1)
+    session, text = pinned.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    pinned.send(Goodbye("x"))
+    other.expect(OpenDraft)
+    assert "pinned to a, which is away" in net.cli.status().sessions[0].why
+    back = net.draft("a")
+    heard: Any = None
+    while not isinstance(heard, Close):
+        verifier.send(commit(session, text, 4))
+        heard = other.expect(Commit, Close)
+    assert back.expect(OpenDraft).session == session
+    assert "operator" in net.cli.status().sessions[0].why
+
+
+def test_one_session_is_pinned_at_once(orderly: Net) -> None:
+    """It moves with all its tokens, others do not; `allow` sets it free again."""
+    net = orderly
+    net.verifier()
+    gateway, a = net.gateway(), net.draft("a")
+    gateway.generate(1)
+    gateway.generate(2)
+    first, second = a.expect(OpenDraft).session, a.expect(OpenDraft).session
+    b = net.draft("b")
+    assert order(net, "b", "pin", first).n_moved == 1
+    assert a.expect(Close).session == first
+    assert b.expect(OpenDraft).tokens.tolist() == PROMPT
+    assert {s.session: s.worker for s in net.cli.status().sessions} == {first: "b", second: "a"}
+    assert worker_status(net, "b").order == ""
+    order(net, "b", "allow")
+    assert [s.pin for s in net.cli.status().sessions] == ["", ""]
+
+
+def test_orders_that_cannot_be_followed_are_refused(orderly: Net) -> None:
+    """A name that nobody knows, a session that is not there or wants no draft, a pin to a worker that is kept out."""
+    net = orderly
+    net.verifier()
+    gateway = net.gateway()
+    net.draft("a")
+    assert "known here: a, " in order_refused(net, "unknown_worker", "nobody", "drain").remedy
+    order_refused(net, "unknown_session", "a", "pin", session=77)
+    gateway.generate(1, speculation=Speculation("none"))
+    session = net.wait(lambda s: bool(s.sessions)).sessions[0].session
+    order_refused(net, "no_draft_wanted", "a", "pin", session)
+    order_refused(net, "bad_order", "a", "drain", session)
+    gateway.generate(2, speculation=Speculation("model"))
+    other = next(s.session for s in net.wait(lambda s: s.n_sessions == 2).sessions if s.session != session)
+    order(net, "a", "ban")
+    order_refused(net, "worker_shut", "a", "pin", other)
+    away = order(net, "model", "pin", other)
+    assert (away.n_moved, "model is away" in away.note) == (0, True)
+
+
+def test_orders_outlive_the_router(own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """A router that is killed comes back with them; a worker that it has not seen yet is listed with its order."""
+    process, net = own_router()
+    net.draft("a")
+    net.draft("b")
+    order(net, "a", "ban")
+    order(net, "b", "drain")
+    process.signal(signal.SIGKILL)
+    process.wait()
+    process, net = own_router()
+    assert process.logged("worker_order_stands", worker="a")["order"] == "ban"
+    orders: dict[str, Order] = {w.instance: w.order for w in net.cli.status().workers}
+    assert orders == {"a": "ban", "b": "drain"}
+    worker = net.peer(draft_hello("a"))
+    worker.send(draft_hello("a"))
+    worker.refused("banned")
+    order(net, "a", "allow")
+    worker.refused("unknown_peer")
+    worker.join()
+
+
+def test_a_file_of_orders_that_is_damaged_is_ignored(
+    tmp_path: Path, own_router: Callable[..., tuple[Process, Net]]
+) -> None:
+    """With a warning; the next order writes a good one."""
+    (tmp_path / "orders.json").write_text('{"version": 1, "orders": {"a": "shoot"}}')
+    process, net = own_router()
+    assert "shoot" not in process.logged("orders_ignored")["reason"]
+    net.draft("a")
+    assert order(net, "a", "drain").kept
+    assert '"a": "drain"' in (tmp_path / "orders.json").read_text()
+
+
+def test_an_order_that_cannot_be_kept_says_so(tmp_path: Path, own_router: Callable[..., tuple[Process, Net]]) -> None:
+    """It holds all the same."""
+    _, net = own_router()
+    net.draft("a")
+    (tmp_path / "orders.json").mkdir()
+    answer = order(net, "a", "drain")
+    assert (answer.kept, "orders.json" in answer.note) == (False, True)
+    assert worker_status(net, "a").state == "drained"
+
+
+# -- what the status adds up --
+
+
+def test_the_status_says_versions_and_uptimes(net: Net) -> None:
+    """Of every peer; an uptime that has grown makes no new peer of it."""
+    verifier = net.joined(replace(verifier_hello(), version="9.9", uptime_s=5000))
+    assert verifier.hello is not None
+    verifier.hello = replace(verifier.hello, uptime_s=5001)
+    welcome = verifier.join()
+    peer = net.peer_status("verifier")
+    assert peer.version == "9.9"
+    assert 5000 <= peer.uptime_s < 5000 + PATIENCE_S
+    assert welcome.boot
+
+
+def test_the_status_counts_tokens_and_times(net: Net) -> None:
+    """Totals of generations and tokens; of each worker round trips, token times, and how soon it is back on the way."""
+    verifier, gateway, worker = net.verifier(), net.gateway(), net.draft("timed")
+    before = net.cli.status().totals
+    gateway.generate(1)
+    session, text = worker.expect(OpenDraft).session, list(PROMPT)
+    verifier.expect(OpenTarget)
+    worker.send(Proposal(session, 3, TokenPrefix(PROMPT).hash, (5, 6), decode_us=8000))
+    verifier.expect(Proposal)
+    verifier.send(replace(commit(session, text, 5, 9), n_accepted=1))
+    worker.expect(Commit)
+    worker.send(Proposal(session, 5, TokenPrefix(text).hash, (7,), decode_us=2000))
+    verifier.expect(Proposal)
+    verifier.send(commit(session, text, 8, finish="length", stats=TargetStats()))
+    verifier.send(StepReport(((1, 5),), 30, 40))
+    gateway.expect(Tokens)
+    gateway.expect(Tokens)
+    gateway.expect(Finished)
+    status = net.wait(lambda s: s.peers[0].n_steps > 0, worker)
+    gained = [getattr(status.totals, name) - getattr(before, name) for name in Totals.__dataclass_fields__]
+    assert gained == [1, 1, 0, 3, 1, 3]
+    timed = next(w for w in status.workers if w.instance == "timed")
+    assert (sum(timed.token.counts), timed.token.sum_us) == (3, 10_000)
+    assert sum(timed.reply.counts) == 1
+    assert sum(timed.round_trip.counts) >= 1
+    assert (status.peers[0].n_steps, status.peers[0].n_step_sessions) == (30, 40)

@@ -25,7 +25,13 @@ COMMANDS = (
     "up",
     "service",
     "generate",
+    "status",
+    "top",
     "workers",
+    "workers drain",
+    "workers ban",
+    "workers pin",
+    "workers allow",
     "explain",
     "trace",
     "demo",
@@ -102,7 +108,8 @@ def test_help_lists_every_command() -> None:
         "up",
         "service",
         "generate",
-        "workers",
+        "status",
+        "top",
         "explain",
         "trace",
         "demo",
@@ -114,6 +121,7 @@ def test_help_lists_every_command() -> None:
         "keys",
         "api-keys",
         "units",
+        "workers",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 

@@ -11,10 +11,20 @@ import pytest
 from rich.console import Console
 
 from shared.errors import DraftwireError
-from shared.messages import SessionStatus, Status, WorkerStatus
+from shared.messages import Error, Ordered, OrderWorker, SessionStatus, Status, WorkerStatus
 from shared.settings import Settings, load_settings
 from tools import workers
-from tools.workers import fetch, print_workers, session_line, show_workers, worker_cells, workers_json
+from tools.workers import (
+    fetch,
+    order,
+    print_workers,
+    printable,
+    session_line,
+    show_workers,
+    state_text,
+    worker_cells,
+    workers_json,
+)
 
 FAST = WorkerStatus(
     "fast", "cuda", "/models/small.gguf", "ok", "", 0, 0, 2, 4, 1500, 10_000, 4000, 0.83, 512, 1.43
@@ -97,3 +107,59 @@ def test_watching_shows_it_again_and_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(shown) == 3
     show_workers(Settings(), shown.append, None)
     assert len(shown) == 4
+
+
+def test_orders_stand_in_the_state() -> None:
+    """Why it gets nothing, or everything."""
+    drained = replace(FAST, state="drained", reason="drained by an operator", order="drain", there=True)
+    assert state_text(drained) == "drained by an operator"
+    assert state_text(replace(drained, there=False)) == "drained by an operator; away"
+    assert state_text(replace(FAST, order="pin")).startswith("ok; new generations are pinned")
+    assert state_text(replace(LIAR, order="pin")).startswith("demoted: it floods")
+
+
+def test_what_peers_say_cannot_move_the_cursor() -> None:
+    """A worker chooses its name."""
+    evil = "a\x1b[2Jb"
+    assert "\x1b" not in printed(replace(STATUS, workers=(replace(FAST, instance=evil, engine=evil, model=evil),)))
+    assert printable("a\x1b\x07b\n") == "a\ufffd\ufffdb\ufffd"
+
+
+def test_json_leaves_the_histograms_to_metrics() -> None:
+    assert "round_trip" not in json.loads(json.dumps(workers_json(STATUS)))["workers"][0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "session", "said"),
+    [
+        (Ordered(1, 0, True), 0, "fast is drained"),
+        (Ordered(1, 1, True), 0, "fast is drained; 1 generation moved on"),
+        (Ordered(1, 2, False, "cannot write it"), 0, "2 generations moved on; cannot write it; the router will have"),
+        (Ordered(1, 1, False), 255, "fast drafts for 00000000000000ff; 1 generation moved on"),
+        (Ordered(1, 0, False, "fast is away"), 255, "fast is to draft for 00000000000000ff; fast is away"),
+    ],
+)
+def test_an_order_says_what_has_come_of_it(
+    monkeypatch: pytest.MonkeyPatch, answer: Ordered, session: int, said: str
+) -> None:
+    asked: list[OrderWorker] = []
+
+    def ask(_settings: Settings, question: OrderWorker, *_kinds: type, timeout_s: float) -> Ordered:
+        assert timeout_s
+        asked.append(question)
+        return answer
+
+    monkeypatch.setattr(workers, "ask_router", ask)
+    assert said in order(Settings(), "fast", "drain", session)
+    assert (asked[0].worker, asked[0].order, asked[0].session) == ("fast", "drain", session)
+
+
+def test_an_order_that_is_refused_or_unheard_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusal = Error(1, "unknown_worker", "there is no draft worker 'x'", "known here: fast")
+    answers = iter((refusal, None))
+    monkeypatch.setattr(workers, "ask_router", lambda *_args, **_more: next(answers))
+    with pytest.raises(DraftwireError, match="known here: fast") as error:
+        order(Settings(), "x", "ban")
+    assert error.value.code == "unknown_worker"
+    with pytest.raises(DraftwireError, match="no router answers"):
+        order(Settings(), "x", "ban")

@@ -430,14 +430,17 @@ def adaptive_world(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, engin
 
 
 def test_the_router_hears_what_steps_cost(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once a second at most, by rows, and they do not fall; nothing before a step has been measured."""
+    """Once a second at most and at the end, by rows, and they do not fall; nothing before a step has been measured."""
     engine = CostlyEngine()
     world = adaptive_world(make_world, monkeypatch, engine)
     world.open(1, [20, 21], max_tokens=60)
+    n_steps = 0
     while not world.commits[1] or not world.commits[1][-1].finish:
         world.propose(1, greedy(world.texts[1], 3))
         world.stepper.step()
-    assert 3 <= len(world.reports) <= engine.now_us / 1e6
+        n_steps += 1
+    assert 3 <= len(world.reports) <= engine.now_us / 1e6 + 1
+    assert (world.reports[-1].n_steps, world.reports[-1].n_step_sessions) == (n_steps, n_steps)
     points = dict(world.reports[-1].points)
     assert list(points) == [1, 2, 4, 8, 16]
     assert points[1] == pytest.approx(160_000, rel=0.15)
