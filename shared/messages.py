@@ -18,7 +18,7 @@ import numpy.typing as npt
 from shared.fields import Array, Range
 from shared.sampling.params import SamplingParams
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 MAX_CONTEXT = 1 << 20
 MAX_RUN = 64
@@ -65,7 +65,7 @@ class Hello:
 
     instance: the peer's own name, unique in its role. boot: a random number drawn at process start.
     vocab_fingerprint: of its engine's vocabulary; empty where the peer has none (gateway, n-gram drafts).
-    n_slots: sessions that it can hold.
+    n_slots: sessions that it can hold. quant: of its model, the name of the recipe ("Q4_K_M").
     """
 
     role: Role
@@ -79,6 +79,7 @@ class Hello:
     n_slots: U32 = 0
     row_invariant: bool = False
     version: Name = ""
+    quant: Name = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,13 +287,27 @@ class DraftStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLabel:
+    """What computed one side of a generation. model: its file's name; quant: of its recipe. Empty: nothing did."""
+
+    model: Name = ""
+    quant: Name = ""
+    engine: Name = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """Router -> gateway: the generation has ended; no more `Tokens` follow."""
+    """Router -> gateway: the generation has ended; no more `Tokens` follow.
+
+    target_label: of its verifier. draft_label: of the worker that drafted last.
+    """
 
     request: U64
     reason: FinishReason
     target: TargetStats
     draft: DraftStats
+    target_label: ModelLabel = field(default_factory=ModelLabel)
+    draft_label: ModelLabel = field(default_factory=ModelLabel)
 
 
 # --- Router <-> verifier ----------------------------------------------------------------------------------------------

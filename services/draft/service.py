@@ -58,6 +58,7 @@ class DraftService(Service):
             info.n_slots,
             info.row_invariant,
             version(),
+            info.quant,
         )
         self._connection = RouterConnection(
             self,

@@ -33,7 +33,7 @@ from services.gateway.errors import ApiError, bad_field, from_wire, unavailable
 from services.gateway.generation import Generation, Outcome, Transcript
 from services.gateway.requests import Completion, check_ids
 from services.gateway.responses import compact
-from services.gateway.timings import speculation_report, timings
+from services.gateway.timings import configuration, speculation_report, timings
 from services.gateway.tokenizer import TokenizerClient
 from shared.errors import SettingsError
 from shared.logs import Logger
@@ -47,6 +47,7 @@ from shared.messages import (
     GetStatus,
     Hello,
     Limits,
+    ModelLabel,
     Status,
     TargetStats,
     Tokens,
@@ -345,11 +346,13 @@ class GatewayService(Service):
         """One line a request: figures only, nothing of what was written.
 
         `chunk` carries the timings once more as a JSON string, since scripts in the field look for llama-server's
-        final stream chunk inside a log line; by depth they are outside of it alone, which those scripts rely on.
+        final stream chunk inside a log line; by depth they are outside of it alone, which those scripts rely on. With
+        64 depths a line has 6 KiB: journald splits those over 48.
         """
         finished = exchange.generation.finished if exchange.generation is not None else None
         target = finished.target if finished is not None else TargetStats()
         draft = finished.draft if finished is not None else DraftStats()
+        labels = (finished.target_label, finished.draft_label) if finished is not None else (ModelLabel(), ModelLabel())
         measured = timings(target)
         if exchange.outcome is not None:
             finish: str = exchange.outcome.stop_type
@@ -368,6 +371,7 @@ class GatewayService(Service):
             total_ms=round((time.monotonic() - exchange.arrived_at) * 1000, 3),
             **measured,
             **speculation_report(target, draft),
+            **configuration(*labels),
             chunk=compact({"timings": plain}),
         )
 

@@ -30,7 +30,6 @@ from shared.messages import (
     Commit,
     Error,
     Explanation,
-    Finished,
     Generate,
     GetExplanation,
     GetStatus,
@@ -141,7 +140,14 @@ class RouterService(Service):
             self._peers.add(peer)
             if hello.role == "draft":
                 self._workers.joined(peer, peer.heard_at)
-            self.log.info("peer_joined", role=hello.role, peer=hello.instance, engine=hello.engine, model=hello.model)
+            self.log.info(
+                "peer_joined",
+                role=hello.role,
+                peer=hello.instance,
+                engine=hello.engine,
+                model=hello.model,
+                quant=hello.quant,
+            )
         self._reply(link_name, peer_id, Welcome(self._boot, self.settings.router.heartbeat_ms))
         self._reply(link_name, peer_id, Ping(time.monotonic_ns()))
         if joined and hello.role == "verifier":
@@ -528,7 +534,7 @@ class RouterService(Service):
             alive = self._send(session.gateway, Tokens(session.request.request, message.tokens, message.n_accepted))
         if message.finish:
             stats = message.stats or TargetStats()
-            self._send(session.gateway, Finished(session.request.request, message.finish, stats, session.draft_stats))
+            self._send(session.gateway, session.finished(message.finish, stats))
             if (computed := stats.n_prompt - stats.n_cached) > 0 and stats.prefill_us:
                 verifier.prefill.observe(stats.prefill_us / 1e6 / computed, computed, time.monotonic())
             self._forget(session)

@@ -149,7 +149,7 @@ def test_every_message_class_is_in_the_union() -> None:
     """A message defined in messages.py cannot be forgotten in the codec: it is sent, or part of one that is."""
     parts = {
         *("Limits", "Speculation", "TargetStats", "DraftStats", "VerifyItem", "VerdictItem"),
-        *("PeerStatus", "WorkerStatus", "SessionStatus", "StepDecision"),
+        *("ModelLabel", "PeerStatus", "WorkerStatus", "SessionStatus", "StepDecision"),
     }
     defined = {n for n, c in vars(messages).items() if is_dataclass(c) and c.__module__ == messages.__name__}
     assert defined - parts == {cls.__name__ for cls in MESSAGE_TYPES}
