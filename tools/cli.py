@@ -18,6 +18,7 @@ import typer
 
 from shared.errors import DraftwireError, ModelError, SettingsError
 from tools.cli_bench import bench_app
+from tools.cli_journal import journal_app
 from tools.cli_options import CONTEXT, ConfigOption, RunDirOption, SetOption, all_overrides, settings_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ app = typer.Typer(
     context_settings=CONTEXT,
 )
 app.add_typer(bench_app, name="bench")
+app.add_typer(journal_app, name="journal")
 
 
 def _print_version(wanted: bool) -> None:

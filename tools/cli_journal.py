@@ -1,0 +1,109 @@
+"""`draftwire journal`: what the log says of many requests. As in `tools/cli.py`, commands import when they run."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shared.errors import SettingsError
+from tools.cli_options import CONTEXT
+
+if TYPE_CHECKING:
+    from tools.journal import Query
+
+journal_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings=CONTEXT)
+
+UnitOption = Annotated[
+    list[str] | None,
+    typer.Option("--unit", "-u", metavar="U", help="The gateway's unit, or a pattern; default draftwire-gateway*."),
+]
+SinceOption = Annotated[
+    str, typer.Option("--since", "-S", metavar="TIME", help='"2026-01-31 14:00", "today", "-7d", "2 hours ago".')
+]
+UntilOption = Annotated[str, typer.Option("--until", "-U", metavar="TIME", help="As --since.")]
+FileOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--file", "-f", metavar="PATH|DIR|-", help="Lines in a file (.gz too), a journal's directory, or stdin."
+    ),
+]
+
+
+@journal_app.callback()
+def journal() -> None:
+    """What the log says of many requests: speed, acceptance, what speculation gained.
+
+    Reads the gateway's request_done lines: from this machine's journal, or with --file from elsewhere.
+
+    \b
+    Examples:
+      draftwire journal report --since -7d
+      draftwire journal plot --since yesterday -o speed.svg
+    """
+
+
+@journal_app.command("report")
+def report(
+    unit: UnitOption = None,
+    since: SinceOption = "",
+    until: UntilOption = "",
+    file: FileOption = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="hour|day|worker|none", help="Rows of the last table; default by length.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, one object.")] = False,
+) -> None:
+    """What did speculation gain me this week?
+
+    For each configuration (target, draft, their quants and engines): requests, acceptance and tokens/s with mean,
+    median, mode, standard deviation, least and most; acceptance by depth; the gain over requests of the same target
+    without draft (of which there should be some: `"speculative.n_max": 0` in a request).
+
+    \b
+    mode       most frequent value, rounded to 1 % or 0.1 tokens/s; of several the smallest
+    overall    of all tokens together; mean and the others are of requests
+    gain       of mean tokens/s; 95 %: where it lies, as sure as that, by the spread of both
+
+    \b
+    Examples:
+      draftwire journal report --since -7d
+      draftwire journal report --unit 'draftwire-gateway*' --since today --by hour
+      draftwire journal report --file draftwire.log          as printed by `draftwire up`
+      draftwire journal report --file /var/log/journal/remote
+      ssh box journalctl -u draftwire-gateway -o json --all | draftwire journal report --file -
+      draftwire journal report --json | jq '.configurations[] | {draft, gain: .gain.ratio}'
+    """
+    from rich.console import Console
+
+    from tools.journal_report import load, print_parts, print_report, report_json
+    from tools.journal_statistics import UNITS, parts, summaries, usual_unit
+
+    if by not in ("", *UNITS, "none"):
+        raise SettingsError(f"--by is {by!r}", "hour, day, worker or none")
+    requests, counts = load(_query(file, unit, since, until))
+    rows = by or usual_unit(requests)
+    found = summaries(requests)
+    pieces = parts(requests, UNITS[rows], None) if rows in UNITS else []
+    if as_json:
+        print(json.dumps(report_json(requests, counts, found, pieces, rows), indent=2))
+        return
+    console = Console(markup=False, highlight=False, emoji=False)
+    print_report(requests, counts, found, console)
+    print_parts(pieces, rows, console)
+
+
+def _query(file: list[str] | None, unit: list[str] | None, since: str, until: str) -> Query:
+    import math
+    from datetime import datetime
+
+    from tools.journal import Query, parse_time
+
+    now = datetime.now()
+    return Query(
+        tuple(file or ()),
+        tuple(unit or ()),
+        parse_time(since, now) if since else -math.inf,
+        parse_time(until, now) if until else math.inf,
+    )
