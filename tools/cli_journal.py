@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -92,6 +94,52 @@ def report(
     console = Console(markup=False, highlight=False, emoji=False)
     print_report(requests, counts, found, console)
     print_parts(pieces, rows, console)
+
+
+@journal_app.command("plot")
+def plot(
+    unit: UnitOption = None,
+    since: SinceOption = "",
+    until: UntilOption = "",
+    file: FileOption = None,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option("--output", "-o", metavar="FILE", help="FILE.svg or FILE.png; without suffix both."),
+    ] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="Draw here; what happens without -o, too.")] = False,
+) -> None:
+    """Draw acceptance against tokens/s, and acceptance by depth.
+
+    A point for each request, a colour for each configuration; a dashed line is the mean of requests without draft. The
+    statistics are below, as in `draftwire journal report`. Files need matplotlib: pip install 'draftwire[plot]'.
+
+    \b
+    Examples:
+      draftwire journal plot --since -7d
+      draftwire journal plot --since -7d -o week.svg
+      draftwire journal plot --file draftwire.log -o week            week.svg and week.png
+      draftwire journal plot --file - -o plot.png < exported.jsonl
+    """
+    from rich.console import Console
+
+    from tools.journal_plot import require_matplotlib, targets, write_plots
+    from tools.journal_report import load, remarks, title
+    from tools.journal_statistics import summaries
+    from tools.journal_terminal import print_plot
+
+    paths = targets(output or [])
+    if paths:
+        require_matplotlib()
+    requests, counts = load(_query(file, unit, since, until))
+    found = summaries(requests)
+    if paths:
+        write_plots(requests, found, title(requests), paths)
+        for path in paths:
+            print(f"wrote {path}", file=sys.stderr)
+    if terminal or not paths:
+        print_plot(requests, found, title(requests), Console(markup=False, highlight=False, emoji=False))
+    for remark in remarks(counts):
+        print(remark, file=sys.stderr)
 
 
 def _query(file: list[str] | None, unit: list[str] | None, since: str, until: str) -> Query:

@@ -70,7 +70,7 @@ def remarks(counts: Counts) -> list[str]:
 
 def print_report(requests: Requests, counts: Counts, found: Sequence[Summary], console: Console) -> None:
     """Each configuration with its figures."""
-    _line(console, f"{_count(len(requests), 'request')}{_period(requests)}, among {counts.lines:,} lines")
+    _line(console, f"{title(requests)}, among {counts.lines:,} lines")
     for remark in remarks(counts):
         _line(console, remark)
     for summary in found:
@@ -80,6 +80,11 @@ def print_report(requests: Requests, counts: Counts, found: Sequence[Summary], c
         codes = ", ".join(f"{n} x {status}" for status, n in sorted(Counter(requests.lost.status).items()))
         _line(console, "")
         _line(console, f"ended before anything was computed, by status: {codes}")
+
+
+def title(requests: Requests) -> str:
+    """How many requests, from when to when."""
+    return f"{_count(len(requests), 'request')}{_period(requests)}"
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -115,20 +120,19 @@ def print_parts(parts: Sequence[Part], by: str, console: Console) -> None:
     """A row for each hour, day or worker of each configuration."""
     if not parts:
         return
-    numbers: dict[tuple[Label, Label], int] = {}
-    for part in parts:
-        numbers.setdefault((part.summary.target, part.summary.draft), len(numbers) + 1)
+    several = len({part.summary.target for part in parts}) > 1
     _line(console, "")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name, right in ((f"by {by}", False), ("draft", False), ("n", True), ("failed", True)):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for name in ("accepted", "tokens/s", "tokens"):
+    for name in (f"by {by}", *(["target"] if several else []), "draft"):
+        table.add_column(name, overflow="fold")
+    for name in ("n", "failed", "accepted", "tokens/s", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     shown = parts if by == "worker" else parts[-_MOST_PARTS:]
     for part in shown:
         s = part.summary
         table.add_row(
             part.name or "(none)",
+            *([short(s.target)] if several else []),
             short(s.draft) if s.draft != NO_MODEL else "plain",
             str(s.n),
             str(s.n_failed),
