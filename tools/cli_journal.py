@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.errors import SettingsError
+from shared.errors import DraftwireError, SettingsError
 from tools.cli_options import CONTEXT
 
 if TYPE_CHECKING:
@@ -132,6 +132,12 @@ def plot(
         require_matplotlib()
     requests, counts = load(_query(file, unit, since, until))
     found = summaries(requests)
+    if not any(summary.speed for summary in found):
+        raise DraftwireError(
+            f"none of the {len(requests)} requests generated anything",
+            "`draftwire journal report` says how they ended",
+            "nothing_to_draw",
+        )
     if paths:
         write_plots(requests, found, title(requests), paths)
         for path in paths:

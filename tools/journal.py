@@ -38,6 +38,8 @@ _LAST_TIME: Final = 32503680000.0
 """The year 3000: later ones are no times."""
 _NEEDLES: Final = (EVENT.encode(), b'"MESSAGE":[', b'"MESSAGE":null', b'"MESSAGE" : [', b'"MESSAGE" : null')
 """A line without any of these is another event's; a message given as bytes or as null cannot be told by its text."""
+_NO_SUCH_UNIT: Final = "No data available"
+"""What journalctl says of a pattern that no unit matches."""
 _JOURNAL_MAGIC: Final = b"LPKSHHRH"
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 
@@ -122,7 +124,7 @@ def read_requests(query: Query, counts: Counts) -> Iterator[Done]:
     patterns = tuple(_unit_patterns(query.units))
     bounded = query.since > -math.inf or query.until < math.inf
     for source in query.files or (None,):
-        with _open(source, query) as stream:
+        with _open(source, query, counts) as stream:
             for line in _lines(stream, counts):
                 try:
                     entry = _unwrap(line)
@@ -179,9 +181,9 @@ def parse_time(text: str, now: datetime) -> float:
 
 
 @contextmanager
-def _open(source: str | None, query: Query) -> Iterator[_Stream]:
+def _open(source: str | None, query: Query, counts: Counts) -> Iterator[_Stream]:
     if source is None:
-        with _journalctl([], query.units or (DEFAULT_UNIT,), query) as stream:
+        with _journalctl([], query.units or (DEFAULT_UNIT,), query, counts) as stream:
             yield stream
         return
     if source == "-":
@@ -190,12 +192,12 @@ def _open(source: str | None, query: Query) -> Iterator[_Stream]:
     path = Path(source)
     try:
         if path.is_dir():
-            with _journalctl(["-D", source], query.units, query) as stream:
+            with _journalctl(["-D", source], query.units, query, counts) as stream:
                 yield stream
             return
         with path.open("rb") as file:
             if file.peek(8)[:8] == _JOURNAL_MAGIC:
-                with _journalctl(["--file", source], query.units, query) as stream:
+                with _journalctl(["--file", source], query.units, query, counts) as stream:
                     yield stream
             else:
                 yield _Stream(_unpacked(file), source)
@@ -222,7 +224,7 @@ class _Stream:
 
 
 @contextmanager
-def _journalctl(arguments: Sequence[str], units: Sequence[str], query: Query) -> Iterator[_Stream]:
+def _journalctl(arguments: Sequence[str], units: Sequence[str], query: Query, counts: Counts) -> Iterator[_Stream]:
     """What `journalctl` prints, entries as JSON. `--all`: else it leaves out messages of more than 4 KiB."""
     command = ["journalctl", *arguments, "-o", "json", "--all", "--no-pager", "--quiet"]
     command.append("--output-fields=MESSAGE,_SYSTEMD_UNIT")
@@ -230,6 +232,7 @@ def _journalctl(arguments: Sequence[str], units: Sequence[str], query: Query) ->
     for option, at in (("--since", query.since), ("--until", query.until)):
         if math.isfinite(at):
             command.append(f"{option}=@{at:.6f}")
+    before = counts.lines
     with tempfile.TemporaryFile() as said:
         try:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, stderr=said)
@@ -252,6 +255,9 @@ def _journalctl(arguments: Sequence[str], units: Sequence[str], query: Query) ->
         if status:
             said.seek(0)
             reason = said.read(2000).decode(errors="replace").strip().rpartition("\n")[2]
+            if counts.lines > before or _NO_SUCH_UNIT in reason:
+                counts.notes.append(f"journalctl says: {reason}")
+                return
             raise DraftwireError(
                 f"{' '.join(command)} failed: {reason or f'exit status {status}'}",
                 "members of the group systemd-journal, and root, may read the journal",

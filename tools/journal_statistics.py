@@ -215,7 +215,7 @@ def summary(group: Group, rows: Indexes | None = None, plain: Group | None = Non
         sum(part.proposed),
         sum(part.accepted),
         spread(part.acceptances(), _rounded_acceptances(part)),
-        spread(part.speeds(), np.floor(part.speeds() * 10 + 0.5) / 10),
+        spread(part.speeds(), _rounded_speeds(part)),
         tuple((proposed, accepted) for proposed, accepted in part.depths),
         part.prompt_tokens,
         _gain(part, plain) if plain is not None and group.draft != NO_MODEL else None,
@@ -277,6 +277,12 @@ def _rounded_acceptances(group: Group) -> Float64:
     proposed, accepted = np.asarray(group.proposed, np.int64), np.asarray(group.accepted, np.int64)
     some = proposed > 0
     return (200 * accepted[some] + proposed[some]) // (2 * proposed[some]) / 100
+
+
+def _rounded_speeds(group: Group) -> Float64:
+    """To 0.1, halves up; log lines have six decimals, so that a half is one there and not in binary."""
+    rounded: Float64 = np.floor((np.rint(group.speeds() * 1e6) + 5e4) / 1e5) / 10
+    return rounded
 
 
 def _gain(group: Group, plain: Group) -> Gain | None:

@@ -83,8 +83,8 @@ def print_plot(requests: Requests, found: Sequence[Summary], title: str, console
 def _print_scatter(requests: Requests, shown: Sequence[Summary], console: Console) -> None:
     clouds = [requests.groups[s.target, s.draft].points() for s in shown]
     plain = [s.speed.mean if s.draft == NO_MODEL and s.speed is not None else None for s in shown]
-    x = np.concatenate([acceptance for acceptance, _ in clouds]) * 100
-    y = np.concatenate([*(speeds for _, speeds in clouds), [mean for mean in plain if mean is not None]])
+    x = np.concatenate([[], *(acceptance for acceptance, _ in clouds)]) * 100
+    y = np.concatenate([[mean for mean in plain if mean is not None], *(speeds for _, speeds in clouds)])
     if not len(y):
         return
     columns = max(20, min(console.width, 120) - _MARGIN - 1)

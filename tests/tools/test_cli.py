@@ -36,6 +36,9 @@ COMMANDS = (
     "bench speculation",
     "bench agreement",
     "bench routing",
+    "journal",
+    "journal report",
+    "journal plot",
 )
 
 
