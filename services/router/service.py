@@ -358,7 +358,7 @@ class RouterService(Service):
         if not opened:
             self._forget(session)
             raise RequestError("the verifier takes no more messages", "try again", "overloaded")
-        self.log.debug("session_opened", session=session.id, n_prompt=n_prompt)
+        self.log.debug("session_opened", session=f"{session.id:016x}", n_prompt=n_prompt)
         return session
 
     def _check_draft(self, wanted: str) -> None:
@@ -478,7 +478,11 @@ class RouterService(Service):
         choice = self._policy.again(self._asked(session, now), current, candidates, now)
         if choice is not None:
             self.log.info(
-                "draft_moved", session=session.id, worker=choice.instance, previous=current.instance, why=choice.why
+                "draft_moved",
+                session=f"{session.id:016x}",
+                worker=choice.instance,
+                previous=current.instance,
+                why=choice.why,
             )
             self._take_away(session)
             session.n_moves += 1

@@ -110,6 +110,17 @@ def test_the_pipelines_in_the_field_give_the_numbers_of_the_report(log: Path) ->
         assert configuration["draft_n_accepted"] == sum(accepted for _, accepted in pairs)
 
 
+def test_every_field_is_documented(log: Path) -> None:
+    """docs/journal.md explains what a line holds, and nothing that it does not."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "journal.md").read_text("utf-8")
+    section = page.partition("## One request")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    line = next(line for line in log.read_text().splitlines() if '"request_done"' in line)
+    everywhere = {"service", "instance", "pid", "event", "level", "time"}
+    assert documented == json.loads(line[line.index("{") :]).keys() - everywhere
+
+
 def test_lines_are_far_from_being_split(log: Path) -> None:
     """Also with 64 depths, of which each adds less than 100 bytes."""
     longest = max(len(line) for line in log.read_text().splitlines() if "request_done" in line)

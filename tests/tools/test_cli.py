@@ -102,6 +102,7 @@ def test_help_lists_every_command() -> None:
         "perplexity",
         "estimate",
         "bench",
+        "journal",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())
 
