@@ -35,7 +35,7 @@ FileOption = Annotated[
 
 @journal_app.callback()
 def journal() -> None:
-    """What the log says of many requests: speed, acceptance, what speculation gained.
+    """Say what many requests in the log add up to.
 
     Reads the gateway's request_done lines: from this machine's journal, or with --file from elsewhere.
 
@@ -57,11 +57,11 @@ def report(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, one object.")] = False,
 ) -> None:
-    """What did speculation gain me this week?
+    """Say what speculation gained, this week for instance.
 
     For each configuration (target, draft, their quants and engines): requests, acceptance and tokens/s with mean,
     median, mode, standard deviation, least and most; acceptance by depth; the gain over requests of the same target
-    without draft (of which there should be some: `"speculative.n_max": 0` in a request).
+    without draft (some are needed: `"draft": "none"` in a request).
 
     \b
     mode       most frequent value, rounded to 1 % or 0.1 tokens/s; of several the smallest
