@@ -73,7 +73,8 @@ class Hello:
 
     instance: the peer's own name, unique in its role. boot: a random number drawn at process start.
     vocab_fingerprint: of its engine's vocabulary; empty where the peer has none (gateway, n-gram drafts).
-    n_slots: sessions that it can hold. uptime_s: of its process when this was sent; no part of who it is.
+    n_slots: sessions that it can hold. quant: of its model, the name of the recipe ("Q4_K_M"). uptime_s: of its process
+    when this was sent; no part of who it is.
     """
 
     role: Role
@@ -87,6 +88,7 @@ class Hello:
     n_slots: U32 = 0
     row_invariant: bool = False
     version: Name = ""
+    quant: Name = ""
     uptime_s: U32 = 0
 
 
@@ -299,13 +301,27 @@ class DraftStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelLabel:
+    """What computed one side of a generation. model: its file's name; quant: of its recipe. Empty: nothing did."""
+
+    model: Name = ""
+    quant: Name = ""
+    engine: Name = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """Router -> gateway: the generation has ended; no more `Tokens` follow."""
+    """Router -> gateway: the generation has ended; no more `Tokens` follow.
+
+    target_label: of its verifier. draft_label: of the worker that drafted last.
+    """
 
     request: U64
     reason: FinishReason
     target: TargetStats
     draft: DraftStats
+    target_label: ModelLabel = field(default_factory=ModelLabel)
+    draft_label: ModelLabel = field(default_factory=ModelLabel)
 
 
 # --- Router <-> verifier ----------------------------------------------------------------------------------------------

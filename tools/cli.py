@@ -20,6 +20,7 @@ from shared.errors import DraftwireError, ModelError, SettingsError
 from tools.cli_api_keys import api_keys_app
 from tools.cli_bench import bench_app
 from tools.cli_config import config_app
+from tools.cli_journal import journal_app
 from tools.cli_keys import keys_app
 from tools.cli_options import (
     CONTEXT,
@@ -56,6 +57,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(api_keys_app, name="api-keys")
 app.add_typer(units_app, name="units")
+app.add_typer(journal_app, name="journal")
 
 
 def _print_version(wanted: bool) -> None:

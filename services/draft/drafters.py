@@ -39,6 +39,7 @@ class DrafterInfo:
     n_ctx: int
     n_slots: int
     row_invariant: bool
+    quant: str = ""
 
 
 class Drafter(Protocol):
@@ -84,6 +85,7 @@ class ModelDrafter:
             info.n_ctx,
             info.n_slots,
             info.row_invariant,
+            info.quant,
         )
 
     def open(self, session: DraftSession) -> bool:

@@ -59,6 +59,7 @@ class DraftService(Service):
             info.n_slots,
             info.row_invariant,
             version(),
+            info.quant,
         )
         self._connection = RouterConnection(
             self,

@@ -37,7 +37,7 @@ from services.gateway.generation import Generation, Outcome, Transcript
 from services.gateway.metrics import Counters, Present, render
 from services.gateway.requests import Completion, check_ids
 from services.gateway.responses import compact
-from services.gateway.timings import speculation_report, timings
+from services.gateway.timings import configuration, speculation_report, timings
 from services.gateway.tls import leaf_of, server_context
 from services.gateway.tokenizer import TokenizerClient
 from shared import trace
@@ -53,6 +53,7 @@ from shared.messages import (
     GetStatus,
     Hello,
     Limits,
+    ModelLabel,
     Status,
     TargetStats,
     Tokens,
@@ -414,12 +415,14 @@ class GatewayService(Service):
         """One line a request: figures only, nothing of what was written.
 
         `chunk` carries the timings once more as a JSON string, since scripts in the field look for llama-server's
-        final stream chunk inside a log line; by depth they are outside of it alone, which those scripts rely on.
+        final stream chunk inside a log line; by depth they are outside of it alone, which those scripts rely on. With
+        64 depths a line has 6 KiB: journald splits those over 48.
         """
         finished = exchange.generation.finished if exchange.generation is not None else None
         target = finished.target if finished is not None else TargetStats()
         draft = finished.draft if finished is not None else DraftStats()
         exchange.caller.charge(target.n_prompt + target.n_generated)
+        labels = (finished.target_label, finished.draft_label) if finished is not None else (ModelLabel(), ModelLabel())
         measured = timings(target)
         total_s = (time.monotonic_ns() - exchange.arrived_ns) / 1e9
         self._counters.add(exchange.status, total_s, target, draft)
@@ -441,6 +444,7 @@ class GatewayService(Service):
             total_ms=round(total_s * 1000, 3),
             **measured,
             **speculation_report(target, draft),
+            **configuration(*labels),
             chunk=compact({"timings": plain}),
         )
 

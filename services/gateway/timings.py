@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.messages import DraftStats, TargetStats
+from shared.messages import DraftStats, ModelLabel, TargetStats
 
 
 def timings(target: TargetStats) -> dict[str, Any]:
@@ -51,6 +51,14 @@ def speculation_report(target: TargetStats, draft: DraftStats) -> dict[str, Any]
         "n_drafted": draft.n_drafted,
         "n_stale": target.n_stale,
         "session": f"{target.session:016x}",
+    }
+
+
+def configuration(target: ModelLabel, draft: ModelLabel) -> dict[str, str]:
+    """What computed a generation, by which `draftwire journal report` groups; empty where nothing did."""
+    return {
+        **{f"target_{name}": getattr(target, name) for name in ("model", "quant", "engine")},
+        **{f"draft_{name}": getattr(draft, name) for name in ("model", "quant", "engine")},
     }
 
 

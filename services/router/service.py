@@ -35,7 +35,6 @@ from shared.messages import (
     Commit,
     Error,
     Explanation,
-    Finished,
     Generate,
     GetExplanation,
     GetStatus,
@@ -168,7 +167,14 @@ class RouterService(Service):
             self._peers.add(peer)
             if hello.role == "draft":
                 self._workers.joined(peer, peer.heard_at).order = self._orders.of(hello.instance)
-            self.log.info("peer_joined", role=hello.role, peer=hello.instance, engine=hello.engine, model=hello.model)
+            self.log.info(
+                "peer_joined",
+                role=hello.role,
+                peer=hello.instance,
+                engine=hello.engine,
+                model=hello.model,
+                quant=hello.quant,
+            )
         self._reply(link_name, peer_id, Welcome(self._boot, self.settings.router.heartbeat_ms))
         self._reply(link_name, peer_id, Ping(time.monotonic_ns()))
         if joined and hello.role == "verifier":
@@ -394,7 +400,7 @@ class RouterService(Service):
             self._tally.n_failed += 1
             self._forget(session)
             raise RequestError("the verifier takes no more messages", "try again", "overloaded")
-        self.log.debug("session_opened", session=session.id, n_prompt=n_prompt)
+        self.log.debug("session_opened", session=f"{session.id:016x}", n_prompt=n_prompt)
         return session
 
     def _check_draft(self, wanted: str) -> None:
@@ -572,7 +578,11 @@ class RouterService(Service):
         if session.draft is not None:
             previous = self._workers[session.draft.hello.instance]
             self.log.info(
-                "draft_moved", session=session.id, worker=choice.instance, previous=previous.name, why=choice.why
+                "draft_moved",
+                session=f"{session.id:016x}",
+                worker=choice.instance,
+                previous=previous.name,
+                why=choice.why,
             )
             self._take_away(session)
             session.n_moves += 1
@@ -641,7 +651,7 @@ class RouterService(Service):
             alive = self._send(session.gateway, Tokens(session.request.request, message.tokens, message.n_accepted))
         if message.finish:
             stats = message.stats or TargetStats()
-            self._send(session.gateway, Finished(session.request.request, message.finish, stats, session.draft_stats))
+            self._send(session.gateway, session.finished(message.finish, stats))
             if (computed := stats.n_prompt - stats.n_cached) > 0 and stats.prefill_us:
                 verifier.prefill.observe(stats.prefill_us / 1e6 / computed, computed, time.monotonic())
             self._tally.n_ended += 1

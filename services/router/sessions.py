@@ -9,7 +9,21 @@ from dataclasses import astuple, dataclass, field
 
 from services.router.assignment import Assignment
 from services.router.peers import Peer
-from shared.messages import MAX_MICROS, MAX_U32, Commit, DraftStats, Generate, Proposal, Totals
+from shared.messages import (
+    MAX_MICROS,
+    MAX_U32,
+    Commit,
+    DraftStats,
+    Finished,
+    FinishReason,
+    Generate,
+    Hello,
+    ModelLabel,
+    Proposal,
+    TargetStats,
+    Totals,
+)
+from shared.model.names import model_file_name
 from shared.routing.figures import SessionFigures
 from shared.routing.policy import (
     LOOKUP_COMMITS,
@@ -45,6 +59,7 @@ class Session:
     it is held against prompt lookup. n_moves: all its moves, n_lookup_moves: those between a model and prompt lookup.
     pin: the worker that an operator wants for it; opened_pin: the one that new sessions went to when it was opened.
     contradicted_at: when its worker was, and has proposed nothing since.
+    last_worker: to whom it was given last, also when that one is gone.
     """
 
     id: int
@@ -62,7 +77,7 @@ class Session:
     lookup_in: int = LOOKUP_COMMITS
     n_moves: int = 0
     n_lookup_moves: int = 0
-    last_worker: str = ""
+    last_worker: Hello | None = None
     worker_changes: int = 0
     n_drafted: int = 0
     prefill_us: int = 0
@@ -72,9 +87,9 @@ class Session:
     contradicted_at: float | None = None
 
     def assigned(self, worker: Peer, assignment: Assignment, choice: Choice) -> None:
-        if self.last_worker not in ("", worker.hello.instance):
+        if self.last_worker is not None and self.last_worker.instance != worker.hello.instance:
             self.worker_changes += 1
-        self.last_worker = worker.hello.instance
+        self.last_worker = worker.hello
         self.draft, self.assignment, self.choice = worker, assignment, choice
         self.reviewed()
 
@@ -119,6 +134,18 @@ class Session:
         """How many it may still generate."""
         return max(1, self.request.limits.max_tokens - (len(self.tokens) - self.n_prompt))
 
-    @property
-    def draft_stats(self) -> DraftStats:
-        return DraftStats(self.last_worker, self.n_drafted, self.prefill_us, self.decode_us, self.worker_changes)
+    def finished(self, reason: FinishReason, stats: TargetStats) -> Finished:
+        """What its gateway is told at the end."""
+        worker = self.last_worker.instance if self.last_worker is not None else ""
+        return Finished(
+            self.request.request,
+            reason,
+            stats,
+            DraftStats(worker, self.n_drafted, self.prefill_us, self.decode_us, self.worker_changes),
+            _label(self.verifier.hello),
+            _label(self.last_worker),
+        )
+
+
+def _label(hello: Hello | None) -> ModelLabel:
+    return ModelLabel() if hello is None else ModelLabel(model_file_name(hello.model), hello.quant, hello.engine)

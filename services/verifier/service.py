@@ -67,6 +67,7 @@ class VerifierService(Service):
             info.n_slots,
             info.row_invariant,
             version(),
+            info.quant,
         )
         self._connection = RouterConnection(
             self,

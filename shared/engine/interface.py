@@ -85,6 +85,7 @@ class EngineInfo:
 
     vocab_fingerprint: see `shared.model.gguf.vocabulary_fingerprint`; draft and target must agree.
     row_invariant: a row's logits are bitwise the same alone and in any batch (docs/sampling.md).
+    quant: the name of the model's quantization recipe ("Q4_K_M"); empty without a model.
     """
 
     engine: str
@@ -96,6 +97,7 @@ class EngineInfo:
     n_batch: int
     vocab_fingerprint: str
     row_invariant: bool
+    quant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

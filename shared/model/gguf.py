@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ModelError
+from shared.quant.recipes import RECIPES
 from shared.quant.types import BY_ID, QuantType
 
 UInt8 = npt.NDArray[np.uint8]
@@ -513,6 +514,20 @@ def vocabulary_fingerprint(file: GGUFFile) -> str:
             raise ModelError(f"{file.path}: tokenizer.ggml.{name}_token_id is no integer", _DAMAGED, "bad_metadata")
         add(name, b"" if value is None else str(value).encode())
     return digest.hexdigest()
+
+
+def recipe_name(file: GGUFFile) -> str:
+    """How the model is quantized, in a word: llama.cpp's name of its recipe ("Q4_K_M").
+
+    Where the file does not say, or says what is not known here, the quant type that holds most of its bytes.
+    """
+    number = file.metadata.get("general.file_type")
+    if isinstance(number, int) and not isinstance(number, bool) and number in RECIPES:
+        return RECIPES[number]
+    n_bytes: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        n_bytes[tensor.quant.name] = n_bytes.get(tensor.quant.name, 0) + tensor.n_bytes
+    return max(n_bytes, key=lambda name: n_bytes[name], default="")
 
 
 def _closed(path: Path) -> ModelError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import MappingProxyType
 from typing import Final
 
@@ -75,6 +75,11 @@ def resolve_model(name: str) -> Path:
     if is_directory:
         raise ModelError(f"{path} is a directory", "give the GGUF file in it", "model_not_found")
     return path
+
+
+def model_file_name(name: str) -> str:
+    """The name of a model's file without its directory, of an embedded one too; for what people read."""
+    return PurePath(EMBEDDED_MODELS.get(name, name)).name
 
 
 def embedded_prompts() -> Path:

@@ -63,6 +63,7 @@ def test_info_says_what_runs(engine: IkEngine) -> None:
     """The model, its sizes, the vocabulary's fingerprint, and no promise that rows are independent of the batch."""
     info = engine.info
     assert (info.engine, info.model, info.architecture) == ("ik", "embedded:target", "qwen3moe")
+    assert info.quant == "Q4_K_M"
     assert (info.n_vocab, info.n_ctx, info.n_slots, info.n_batch) == (8192, 96, 3, 64)
     assert len(info.vocab_fingerprint) >= 16
     assert not info.row_invariant

@@ -52,6 +52,7 @@ def test_info_says_what_runs(target: NumpyEngine) -> None:
     """`info` names the model and its limits, and promises row invariance after checking the BLAS."""
     info = target.info
     assert (info.engine, info.model, info.architecture) == ("numpy", "embedded:target", "qwen3moe")
+    assert info.quant == "Q4_K_M"
     assert (info.n_vocab, info.n_ctx, info.n_slots, info.n_batch) == (8192, 256, 3, 64)
     assert len(info.vocab_fingerprint) == 32
     assert info.row_invariant

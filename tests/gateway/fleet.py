@@ -29,6 +29,7 @@ from shared.messages import (
     GetStatus,
     Hello,
     Message,
+    ModelLabel,
     PeerStatus,
     Ping,
     Status,
@@ -55,6 +56,7 @@ STATS = TargetStats(
     wire_us=2000, wait_us=3000,
 )  # fmt: skip
 DRAFT = DraftStats("model", 40, 2000, 9000, 1)
+LABELS = (ModelLabel("big.gguf", "IQ4_KSS", "ik"), ModelLabel("small.gguf", "Q4_K_M", "cuda"))
 
 
 class Process:
@@ -263,7 +265,7 @@ def answer(text: str | bytes, size: int = 3, n_accepted: int = 2, reason: Any = 
     def script(router: FakeRouter, peer: bytes, message: Generate) -> None:
         for run in runs(ids(text), size):
             router.send(peer, Tokens(message.request, run, min(n_accepted, len(run))))
-        router.send(peer, Finished(message.request, reason, STATS, DRAFT))
+        router.send(peer, Finished(message.request, reason, STATS, DRAFT, *LABELS))
 
     return script
 

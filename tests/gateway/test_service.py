@@ -491,6 +491,8 @@ def test_each_request_logs_one_line_with_llama_servers_names(fleet: Fleet) -> No
     assert (line["status"], line["finish"], line["seed"]) == (200, "eos", 7)
     assert {**body["timings"], **body["draftwire"]}.items() <= line.items()
     assert line["service"] == "gateway"
+    assert (line["target_model"], line["target_quant"], line["target_engine"]) == ("big.gguf", "IQ4_KSS", "ik")
+    assert (line["draft_model"], line["draft_quant"], line["draft_engine"]) == ("small.gguf", "Q4_K_M", "cuda")
     assert "SECRET" not in fleet.gateway.log_text
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from services.gateway.timings import speculation_report, timings
-from shared.messages import DraftStats, TargetStats
+from services.gateway.timings import configuration, speculation_report, timings
+from shared.messages import DraftStats, ModelLabel, TargetStats
 
 
 def test_timings_are_llama_servers() -> None:
@@ -61,3 +61,15 @@ def test_stages_are_milliseconds_of_both_sides() -> None:
         "n_stale": 3,
         "session": "0000000000000000",
     }  # fmt: skip
+
+
+def test_the_configuration_names_both_models() -> None:
+    """What `draftwire journal report` groups by; what was not there is empty."""
+    assert configuration(ModelLabel("big.gguf", "IQ4_KSS", "ik"), ModelLabel()) == {
+        "target_model": "big.gguf",
+        "target_quant": "IQ4_KSS",
+        "target_engine": "ik",
+        "draft_model": "",
+        "draft_quant": "",
+        "draft_engine": "",
+    }

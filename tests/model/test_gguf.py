@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
+import subprocess
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +22,9 @@ from hypothesis import strategies as st
 
 from shared.errors import ModelError
 from shared.model.config import ModelConfig
-from shared.model.gguf import GGUFFile, vocabulary_fingerprint
-from shared.model.names import EMBEDDED_MODELS, embedded_prompts, load_prompts, resolve_model
+from shared.model.gguf import GGUFFile, recipe_name, vocabulary_fingerprint
+from shared.model.names import EMBEDDED_MODELS, embedded_prompts, load_prompts, model_file_name, resolve_model
+from shared.quant.recipes import RECIPES
 
 TOKENS = ["<|end|>", "a", "b", "Ġc", "é"]
 
@@ -400,6 +403,36 @@ def test_a_file_without_vocabulary_has_no_fingerprint(tmp_path: Path) -> None:
         vocabulary_fingerprint(file)
 
 
+@pytest.mark.parametrize(
+    ("number", "name"), [(15, "Q4_K_M"), (148, "IQ4_KSS"), (None, "F32"), (1024, "F32"), (-1, "F32"), (True, "F32")]
+)
+def test_the_recipe_is_named_as_by_llama_cpp(tmp_path: Path, number: int | None, name: str) -> None:
+    """By the number in the file; where that is missing or unknown, by the type that holds most of the bytes."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        if isinstance(number, bool):
+            writer.add_bool("general.file_type", number)
+        elif number is not None:
+            writer.add_int32("general.file_type", number)
+        writer.add_tensor("most", np.zeros((64, 64), np.float32))
+
+    with GGUFFile.open(write_tiny(tmp_path / "m.gguf", change=change)) as file:
+        assert recipe_name(file) == name
+
+
+def test_recipes_are_those_of_llama_cpp_and_of_ik() -> None:
+    """Every number that either of them gives has the name that it gives."""
+    for member in gguf.LlamaFileType:
+        if member.value in RECIPES and member.name not in ("MOSTLY_MXFP4_MOE", "GUESSED"):
+            assert RECIPES[member.value] == member.name.partition("_")[2]
+    ik_llama_cpp = pytest.importorskip("ik_llama_cpp")
+    quantize = Path(ik_llama_cpp.__file__).parent / "bin" / "llama-quantize"
+    usage = subprocess.run([quantize, "--help"], capture_output=True, text=True, check=False)
+    rows = re.findall(r"^ *(\d+) +or +(\w+) *:(?! alias)", usage.stdout + usage.stderr, re.MULTILINE)
+    assert len(rows) > 60
+    assert {int(number): name for number, name in rows}.items() <= RECIPES.items()
+
+
 def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedded names and paths resolve; unknown names, missing files and directories are refused with a remedy."""
     assert resolve_model("embedded:target").name == "pymoe-64m-a18m-Q4_K_M.gguf"
@@ -409,6 +442,8 @@ def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_model(os.fspath(model)) == model
     assert resolve_model("~/m.gguf") == model
+    assert model_file_name(os.fspath(model)) == model_file_name("m.gguf") == "m.gguf"
+    assert model_file_name("embedded:draft") == "pymoe-11m-a2m-draft-Q4_K_M.gguf"
     for name in (
         "embedded:huge",
         "embedded:",

@@ -32,6 +32,7 @@ from shared.messages import (
     Hello,
     Limits,
     Message,
+    ModelLabel,
     OpenDraft,
     OpenTarget,
     Order,
@@ -365,7 +366,8 @@ def test_a_generation_passes_through(net: Net) -> None:
     stats = TargetStats(n_prompt=3, rounds=2)
     verifier.send(commit(opened.session, text, 9, finish="stop", stats=stats))
     assert gateway.expect(Tokens).tokens == (9,)
-    assert gateway.expect(Finished) == Finished(5, "stop", stats, DraftStats("a", 2, 30, 7, 0))
+    label = ModelLabel("m", "", "e")
+    assert gateway.expect(Finished) == Finished(5, "stop", stats, DraftStats("a", 2, 30, 7, 0), label, label)
     assert worker.expect(Close) == Close(opened.session)
     assert net.cli.status().n_sessions == 0
 
@@ -396,6 +398,30 @@ def test_the_nearest_worker_drafts(net: Net) -> None:
         gateway.generate(request)
         near.expect(OpenDraft)
     far.nothing_before_now()
+
+
+def test_the_end_says_what_computed(net: Net) -> None:
+    """Target and draft by the file's name, the recipe and the engine: of the worker that drafted last, gone or not."""
+    target = Hello("verifier", "v", 1, "ik", "/models/big-IQ4_KSS.gguf", "f", N_VOCAB, N_CTX, 4, True, "", "IQ4_KSS")
+    verifier, gateway = net.joined(target), net.gateway()
+    small = Hello("draft", "a", 2, "cuda", "embedded:draft", "f", N_VOCAB, N_CTX, 4, True, "", "Q4_K_M")
+    worker = net.joined(small)
+    for request, draft in ((1, "auto"), (2, "none"), (3, "auto")):
+        gateway.generate(request, speculation=Speculation(draft))
+        opened, text = verifier.expect(OpenTarget), list(PROMPT)
+        if draft == "auto":
+            worker.expect(OpenDraft)
+        if request == 3:
+            worker.send(Goodbye("draining"))
+            net.wait(lambda s: not any(p.role == "draft" and p.n_sessions for p in s.peers), worker)
+        verifier.send(commit(opened.session, text, 9, finish="stop", stats=TargetStats()))
+        gateway.expect(Tokens)
+        finished = gateway.expect(Finished)
+        if request == 1:
+            worker.expect(Close)
+        assert finished.target_label == ModelLabel("big-IQ4_KSS.gguf", "IQ4_KSS", "ik")
+        drafted = ModelLabel("pymoe-11m-a2m-draft-Q4_K_M.gguf", "Q4_K_M", "cuda")
+        assert finished.draft_label == (drafted if draft == "auto" else ModelLabel())
 
 
 def test_a_full_worker_gets_no_more(net: Net) -> None:

@@ -150,7 +150,7 @@ def test_every_message_class_is_in_the_union() -> None:
     parts = {
         *("Limits", "Speculation", "TargetStats", "DraftStats", "VerifyItem", "VerdictItem"),
         *("PeerStatus", "WorkerStatus", "SessionStatus", "StepDecision", "ClockEstimate", "TraceSource"),
-        *("Histogram", "Totals"),
+        *("Histogram", "Totals", "ModelLabel"),
     }
     defined = {n for n, c in vars(messages).items() if is_dataclass(c) and c.__module__ == messages.__name__}
     assert defined - parts == {cls.__name__ for cls in MESSAGE_TYPES}

@@ -52,6 +52,9 @@ COMMANDS = (
     "units render",
     "units install",
     "units uninstall",
+    "journal",
+    "journal report",
+    "journal plot",
 )
 
 
@@ -121,6 +124,7 @@ def test_help_lists_every_command() -> None:
         "keys",
         "api-keys",
         "units",
+        "journal",
         "workers",
     ]
     assert all(line.endswith(".") and not line.endswith("...") for line in out.partition("Commands:\n")[2].splitlines())

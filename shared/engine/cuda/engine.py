@@ -28,7 +28,7 @@ from shared.kernels.experts import MAX_EXPERTS, MAX_EXPERTS_USED, MAX_ROWS
 from shared.kernels.gpu import CudaDevice
 from shared.kernels.norm import MAX_EMBD
 from shared.model.config import ModelConfig
-from shared.model.gguf import GGUFFile, vocabulary_fingerprint
+from shared.model.gguf import GGUFFile, recipe_name, vocabulary_fingerprint
 from shared.model.names import resolve_model
 from shared.sampling.filters import changes_logits
 from shared.sampling.params import SamplingParams
@@ -73,6 +73,7 @@ class CudaEngine:
             ]
             _log.info("model_placed", model=settings.model, devices=placed)
             fingerprint = vocabulary_fingerprint(file)
+            quant = recipe_name(file)
 
             def report(share: float, speed: float, device: str) -> None:
                 _log.info("model_loading", done=round(share, 3), gib_per_second=round(speed, 2), device=device)
@@ -96,6 +97,7 @@ class CudaEngine:
             n_batch=settings.n_batch,
             vocab_fingerprint=fingerprint,
             row_invariant=True,
+            quant=quant,
         )
 
     @property

@@ -24,7 +24,7 @@ from shared.engine.ik.library import VERSION, Library, load_library
 from shared.engine.interface import Chunk, EngineInfo, EngineSettings, Float32
 from shared.engine.slots import check_chunks, check_prefix
 from shared.errors import EngineError, ModelError
-from shared.model.gguf import GGUFFile, vocabulary_fingerprint
+from shared.model.gguf import GGUFFile, recipe_name, vocabulary_fingerprint
 from shared.model.names import resolve_model
 
 _NARROW = 24
@@ -56,14 +56,17 @@ class IkEngine:
         with GGUFFile.open(path) as file:
             architecture = str(file.metadata.get("general.architecture", ""))
             fingerprint = vocabulary_fingerprint(file)
+            quant = recipe_name(file)
             narrow = has_odd_q4_1_rows(file)
         try:
-            self._open(settings, path, architecture, fingerprint, narrow)
+            self._open(settings, path, architecture, fingerprint, quant, narrow)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, settings: EngineSettings, path: Path, architecture: str, fingerprint: str, narrow: bool) -> None:
+    def _open(
+        self, settings: EngineSettings, path: Path, architecture: str, fingerprint: str, quant: str, narrow: bool
+    ) -> None:
         library, api = self._library, self._library.api
         library.log.clear()
         model_params = api.llama_model_default_params()
@@ -110,6 +113,7 @@ class IkEngine:
             n_batch=n_batch,
             vocab_fingerprint=fingerprint,
             row_invariant=False,
+            quant=quant,
         )
         self._lengths = [0] * settings.n_slots
         self._batch = _Batch(n_batch, n_ctx, settings.n_slots, api)

@@ -21,7 +21,7 @@ from shared.engine.numpy.weights import LayerWeights, Weights, float32_bytes, lo
 from shared.engine.slots import check_chunks, check_prefix
 from shared.errors import EngineError
 from shared.model.config import ModelConfig, RopeStyle
-from shared.model.gguf import GGUFFile, vocabulary_fingerprint
+from shared.model.gguf import GGUFFile, recipe_name, vocabulary_fingerprint
 from shared.model.names import resolve_model
 from shared.model.rope import rope_tables
 
@@ -51,6 +51,7 @@ class NumpyEngine:
                 float32_bytes(file), 4 * cells * (config.head_dim + config.value_dim), file.path, _available_bytes()
             )
             fingerprint = vocabulary_fingerprint(file)
+            quant = recipe_name(file)
             self._weights: Weights | None = load_weights(file, config)
         self._config = config
         shape = (config.n_layer, settings.n_slots, config.n_head_kv, n_ctx)
@@ -70,6 +71,7 @@ class NumpyEngine:
             n_batch=settings.n_batch,
             vocab_fingerprint=fingerprint,
             row_invariant=all(ops.rows_are_independent(matrix) for matrix in self._weights.matrices),
+            quant=quant,
         )
 
     @property
