@@ -280,7 +280,7 @@ class _Layers:
                 below[key] = value
 
     def set(self, keys: list[str], text: str, source: str) -> None:
-        """Put one value, in TOML syntax or a bare word, on top."""
+        """Put one value, in TOML syntax or a bare word, in the place of what is there; also a whole table."""
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
@@ -292,6 +292,7 @@ class _Layers:
                 raise SettingsError(f"{source}: {key} is not a table")
             table = inner
             self._origins[".".join(keys[:n])] = source
+        table.pop(keys[-1], None)
         self._merge(table, {keys[-1]: value}, source, "".join(f"{key}." for key in keys[:-1]))
 
     def source(self, key: str) -> str:

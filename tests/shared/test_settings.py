@@ -303,6 +303,14 @@ def test_drop_ins_lie_on_top_in_the_order_of_their_names(tmp_path: Path) -> None
     }
 
 
+def test_a_table_given_as_a_flag_takes_the_place_of_the_one_below() -> None:
+    """So `draft={}` means no worker, and `endpoints={}` those of the run directory, whatever the file says."""
+    loaded = load_effective(
+        None, ["draft.far.q_top_k=3", 'endpoints.router="tcp://127.0.0.1:5"', "draft={}", "endpoints={}"], {}
+    )
+    assert (loaded.settings.draft, loaded.settings.endpoints.router) == ({}, "")
+
+
 @pytest.mark.parametrize(
     "text", ["[verifier]\nn_max = 1000\n", "[verifier]\nn_mxa = 1\n", "verifier = 3\n", "verifier."]
 )
