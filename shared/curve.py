@@ -35,6 +35,7 @@ from shared.keys import (
     to_z85,
 )
 from shared.logs import Logger
+from shared.refusals import Refusals
 from shared.settings import Settings, is_loopback
 
 ADMITTED: dict[str, frozenset[KeyRole]] = {
@@ -216,30 +217,6 @@ class AllowList:
         return info.st_mtime_ns, info.st_size, info.st_ino
 
 
-class Refusals:
-    """Counts connections that were refused, and says when one is worth a line: the first of a source in a minute."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._sources: OrderedDict[str, tuple[float, int]] = OrderedDict()
-        self.total = 0
-
-    def note(self, source: str) -> int:
-        """Count one; how many there were since the last line, or 0 where none is due."""
-        self.total += 1
-        now = self._clock()
-        due, count = self._sources.pop(source, (now, 0))
-        count += 1
-        if now >= due:
-            self._sources[source] = now + LOG_EVERY_S, 0
-        else:
-            self._sources[source] = due, count
-            count = 0
-        while len(self._sources) > _MAX_SOURCES:
-            self._sources.popitem(last=False)
-        return count
-
-
 class Gatekeeper:
     """Answers ZAP for all of a process's sockets, and knows which peer has which key. Lives on the event loop."""
 
@@ -253,7 +230,7 @@ class Gatekeeper:
         self.allowed = allowed
         self._log = log
         self._loop = loop
-        self._refusals = Refusals()
+        self._refusals = Refusals(log, "connection_refused")
         self._socket = context.socket(zmq.REP)
         self._socket.linger = 0
         self._socket.bind(_ZAP)
@@ -263,17 +240,15 @@ class Gatekeeper:
     @property
     def n_refused(self) -> int:
         """Connections and messages refused since the start."""
-        return self._refusals.total
+        return self._refusals.n_refused
 
     def refuse(self, source: str, reason: str, link: str) -> None:
-        """Count a refusal, and log it unless one of this source was logged within the last minute."""
-        if count := self._refusals.note(source):
-            self._log.warning(
-                "connection_refused", link=link, source=source, reason=reason, count=count, total=self._refusals.total
-            )
+        """Count a refusal; see `Refusals`."""
+        self._refusals.add(source, f"{link}: {reason}")
 
     def _look_again(self) -> None:
         self.allowed.look()
+        self._refusals.flush()
         self._timer = self._loop.call_later(_LOOK_EVERY_S, self._look_again)
 
     def _answer(self) -> None:
@@ -299,6 +274,7 @@ class Gatekeeper:
             self._socket.send_multipart([b"1.0", request, *reply, b""])
 
     def close(self) -> None:
+        self._refusals.flush(everything=True)
         self._timer.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()

@@ -10,7 +10,6 @@ import hmac
 import ipaddress
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -21,11 +20,7 @@ from services.gateway.errors import ApiError
 from shared.api_keys import ApiKey, KeyLimits, hash_key, read_keys
 from shared.errors import SettingsError
 from shared.logs import Logger
-
-REFUSALS_EVERY_S: Final = 60.0
-MAX_SOURCES: Final = 1024
-"""Addresses whose refusals are counted apart; further ones are counted together, as OTHERS."""
-OTHERS: Final = "others"
+from shared.refusals import Refusals
 
 _MINUTE_NS: Final = 60_000_000_000
 
@@ -178,45 +173,6 @@ def _signature(path: Path) -> tuple[int, ...]:
     return (status.st_ino, status.st_dev, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class Refusals:
-    """Counts requests without a good key, and logs them once a minute for each address that they come from.
-
-    The first of an address is logged at once, those that follow within a minute as one line when it is over.
-    """
-
-    def __init__(self, log: Logger, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self._log = log
-        self._clock_s = clock_s
-        self._sources: dict[str, tuple[float, Counter[str]]] = {}
-        self.n_refused = 0
-        """Since the start."""
-
-    def add(self, source: str, reason: str) -> None:
-        self.n_refused += 1
-        if source not in self._sources and len(self._sources) >= MAX_SOURCES:
-            source = OTHERS
-        if source in self._sources:
-            self._sources[source][1][reason] += 1
-        else:
-            self._sources[source] = (self._clock_s(), Counter())
-            self._write(source, Counter({reason: 1}))
-
-    def flush(self, everything: bool = False) -> None:
-        """Log what has come in minutes that are over, and forget addresses that have been quiet."""
-        now = self._clock_s()
-        for source, (since, reasons) in list(self._sources.items()):
-            if not everything and now - since < REFUSALS_EVERY_S:
-                continue
-            if reasons:
-                self._write(source, reasons)
-                self._sources[source] = (now, Counter())
-            else:
-                del self._sources[source]
-
-    def _write(self, source: str, reasons: Counter[str]) -> None:
-        self._log.warning("api_key_refused", source=source, count=reasons.total(), reasons=dict(reasons))
-
-
 class Access:
     """Finds out who makes a request.
 
@@ -228,7 +184,7 @@ class Access:
     """
 
     def __init__(self, path: str, log: Logger) -> None:
-        self.refusals = Refusals(log)
+        self.refusals = Refusals(log, "api_key_refused")
         self._file = KeyFile(Path(path), log) if path else None
         self._callers: dict[bytes, Caller] = {}
         self._take_over()

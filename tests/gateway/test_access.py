@@ -15,13 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.gateway.access import (
-    MAX_SOURCES,
-    OTHERS,
     Access,
     Bucket,
     Caller,
     KeyFile,
-    Refusals,
     presented_key,
     source_of,
 )
@@ -182,59 +179,6 @@ def test_new_limits_do_not_forget_what_was_used() -> None:
     for _ in range(100):
         with caller.entered():
             caller.charge(1_000_000)
-
-
-# --- Refusals in the log ----------------------------------------------------------------------------------------------
-
-
-def test_refusals_are_one_line_a_minute_for_each_address() -> None:
-    """The first at once, the rest of its minute counted; an address that is quiet is forgotten."""
-    log, clock = Log(), Clock()
-    refusals = Refusals(log.logger, clock.now_s)
-    for _ in range(50):
-        refusals.add("10.0.0.1", "no key")
-    refusals.add("10.0.0.1", "unknown")
-    refusals.add("10.0.0.2", "revoked: bob")
-    refusals.flush()
-    lines = log.of("api_key_refused")
-    assert [(line["source"], line["count"]) for line in lines] == [("10.0.0.1", 1), ("10.0.0.2", 1)]
-    clock.pass_s(60)
-    refusals.flush()
-    [line] = log.of("api_key_refused")[2:]
-    assert (line["source"], line["count"]) == ("10.0.0.1", 50)
-    assert line["reasons"] == {"no key": 49, "unknown": 1}
-    clock.pass_s(60)
-    refusals.flush()
-    refusals.add("10.0.0.1", "no key")
-    assert [line["count"] for line in log.of("api_key_refused")[3:]] == [1]
-    assert refusals.n_refused == 53
-
-
-def test_what_was_not_logged_is_logged_at_the_end() -> None:
-    """A gateway that stops does not swallow its count."""
-    log = Log()
-    refusals = Refusals(log.logger, Clock().now_s)
-    refusals.add("a", "no key")
-    refusals.add("a", "no key")
-    refusals.flush(everything=True)
-    assert [line["count"] for line in log.of("api_key_refused")] == [1, 1]
-
-
-def test_many_addresses_take_no_more_memory() -> None:
-    """Beyond a bound they are counted together, and every refusal is in some count."""
-    log, clock = Log(), Clock()
-    refusals = Refusals(log.logger, clock.now_s)
-    for n in range(MAX_SOURCES + 500):
-        refusals.add(f"address {n}", "no key")
-    assert len(refusals._sources) == MAX_SOURCES + 1
-    assert len(log.lines) == MAX_SOURCES + 1
-    clock.pass_s(60)
-    refusals.flush()
-    assert sum(line["count"] for line in log.lines) == MAX_SOURCES + 500
-    assert log.lines[-1]["source"] == OTHERS
-    clock.pass_s(60)
-    refusals.flush()
-    assert not refusals._sources
 
 
 # --- Headers ----------------------------------------------------------------------------------------------------------

@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 import zmq
-from hypothesis import given
-from hypothesis import strategies as st
 
 from shared import wire
-from shared.curve import LOG_EVERY_S, AllowList, Refusals
+from shared.curve import AllowList
 from shared.keys import AUTHORIZED, HostKey, authorize, load_host_key, new_host_key, revoke, to_z85, write_host_key
 from shared.messages import GetStatus, Hello, Message, Pong, Welcome
 
 PATIENCE_S = 30.0
 SILENCE_MS = 700
 """How long nothing may come where nothing must: many times what an answer takes."""
+
+NOT_HERE = "drafts: not allowed at this socket"
 
 pytestmark = pytest.mark.pipeline
 
@@ -142,7 +142,8 @@ def test_an_unknown_key_gets_nothing(router: Router, host: HostKey, callers: lis
         callers.append(Caller(router.port, key, host.public))
         callers[-1].hello()
     line = router.logged("connection_refused")
-    assert (line["source"], line["link"], line["level"]) == ("127.0.0.1", "drafts", "warning")
+    assert (line["source"], line["level"], line["count"]) == ("127.0.0.1", "warning", 1)
+    assert next(reason.partition(" (")[0] for reason in line["reasons"]) in ("drafts: unknown key", NOT_HERE)
     for caller in callers:
         assert caller.receive(SILENCE_MS) is None
     assert router.events("peer_joined") == []
@@ -167,7 +168,7 @@ def test_a_revoked_key_gets_nothing_more(router: Router, host: HostKey, callers:
     callers.append(again := Caller(router.port, guest, host.public))
     again.hello()
     assert again.receive(SILENCE_MS) is None
-    reasons = " ".join(line["reason"] for line in router.events("connection_refused"))
+    reasons = " ".join(reason for line in router.events("connection_refused") for reason in line["reasons"])
     assert "revoked key" in reasons
 
 
@@ -179,7 +180,8 @@ def test_plain_text_and_port_scanners_are_refused(router: Router, callers: list[
     callers.append(plain := Caller(router.port, None, ""))
     plain.hello()
     line = router.logged("connection_refused")
-    assert line["reason"].startswith(("it does not speak CURVE", "it hung up in the handshake"))  # who noticed first
+    (reason,) = line["reasons"]
+    assert reason.startswith(("drafts: it does not speak CURVE", "drafts: it hung up in the handshake"))  # who noticed
     assert line["source"] in ("127.0.0.1", "unknown")
     with socket.create_connection(("127.0.0.1", router.port), PATIENCE_S) as scanner:
         scanner.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -226,30 +228,6 @@ def test_a_slip_in_the_list_changes_nothing(router: Router, host: HostKey, calle
     assert AUTHORIZED in line["reason"]
     while not isinstance(message := caller.receive(), Welcome):
         assert message is not None
-
-
-def test_refusals_are_logged_once_a_source_and_minute() -> None:
-    """The first at once; those of the minute after it are counted, and come with the next."""
-    now = [0.0]
-    refusals = Refusals(lambda: now[0])
-    assert [refusals.note("a"), refusals.note("a"), refusals.note("b"), refusals.note("a")] == [1, 0, 1, 0]
-    now[0] = LOG_EVERY_S
-    assert [refusals.note("a"), refusals.note("a")] == [3, 0]
-    assert refusals.total == 6
-
-
-@given(st.lists(st.tuples(st.integers(0, 3000), st.floats(0, 30)), max_size=300))
-def test_every_refusal_is_counted_and_memory_is_bounded(knocks: list[tuple[int, float]]) -> None:
-    """Whoever knocks how often: what is logged never exceeds what there was, and no source is logged twice a minute."""
-    now = [0.0]
-    refusals = Refusals(lambda: now[0])
-    logged: dict[int, float] = {}
-    for n, (source, wait_s) in enumerate(knocks, 1):
-        now[0] += wait_s
-        if refusals.note(str(source)):
-            assert now[0] - logged.get(source, -LOG_EVERY_S) >= LOG_EVERY_S
-            logged[source] = now[0]
-        assert refusals.total == n
 
 
 def test_the_list_follows_its_file(tmp_path: Path) -> None:
