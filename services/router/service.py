@@ -142,6 +142,10 @@ class RouterService(Service):
     def idle(self) -> bool:
         return not self._sessions
 
+    def reloaded(self) -> None:
+        self._policy.explore = self.settings.router.exploration
+        self._workers.back_off(self.settings.router.demotion_s)
+
     # -- peers --
 
     def _on_hello(self, link_name: str, peer_id: bytes, hello: Hello) -> None:

@@ -80,6 +80,12 @@ class WorkerTable:
         self._first_back_off_s = first_back_off_s
         self._records: dict[str, WorkerRecord] = {}
 
+    def back_off(self, first_s: float) -> None:
+        """How long a demotion lasts the first time, from the next one on."""
+        self._first_back_off_s = first_s
+        for record in self._records.values():
+            record.health.first_back_off_s = first_s
+
     def __iter__(self) -> Iterator[WorkerRecord]:
         return iter(self._records.values())
 

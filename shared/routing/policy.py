@@ -84,12 +84,12 @@ class Policy:
     """See the module's docstring.
 
     Args:
-        explore: the share of new sessions that try a worker whose figures are old or missing.
+        explore: the share of new sessions that try a worker whose figures are old or missing; may be changed.
         chance: decides which.
     """
 
     def __init__(self, explore: float, chance: random.Random) -> None:
-        self._explore = explore
+        self.explore = explore
         self._chance = chance
 
     def first(self, asked: Asked, candidates: Sequence[Candidate], now: float) -> Choice | None:
@@ -116,7 +116,7 @@ class Policy:
     def _trial(
         self, asked: Asked, free: Sequence[Candidate], best: Candidate, rate: float, now: float
     ) -> Choice | None:
-        if self._explore == 0 or self._chance.random() >= self._explore or asked.tokens_left < _LEAST_FOR_TRIAL:
+        if self.explore == 0 or self._chance.random() >= self.explore or asked.tokens_left < _LEAST_FOR_TRIAL:
             return None
         hopes = {
             c.instance: self._after_move(asked, c, now, asked.hidden_s, hopeful=True)

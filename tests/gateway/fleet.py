@@ -43,12 +43,17 @@ FIRST_BYTE = 16
 """The null vocabulary's id of byte 0."""
 
 RUNNER = """
-import importlib, sys
+import importlib, os, sys
+from pathlib import Path
 from shared.service import run_service
 from shared.settings import load_settings
-name, *overrides = sys.argv[1:]
-sys.exit(run_service(importlib.import_module(f"services.{name}.service").SERVICE, load_settings(None, overrides)))
+name, config, *overrides = sys.argv[1:]
+read = lambda: load_settings(Path(config) if os.path.exists(config) else None, overrides)
+sys.exit(run_service(importlib.import_module(f"services.{name}.service").SERVICE, read(), "", read))
 """
+"""Runs a service; its configuration file may come to be later, for a reload."""
+
+CONFIG = "draftwire.toml"
 
 STATS = TargetStats(
     n_prompt=10, n_cached=4, n_generated=12, rounds=5, n_proposed=9, n_accepted=7, by_depth=((5, 4), (4, 3)),
@@ -66,7 +71,7 @@ class Process:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("DRAFTWIRE_", "JOURNAL_"))}
         settings = (f'run_dir="{run_dir}"', 'verifier.engine.engine="null"', "gateway.port=0", *overrides)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, name, *settings],
+            [sys.executable, "-c", RUNNER, name, str(run_dir / CONFIG), *settings],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=environment,

@@ -57,7 +57,7 @@ from shared.messages import (
 )
 from shared.prefix import TokenPrefix
 from shared.sampling.params import SamplingParams
-from tests.gateway.fleet import Process
+from tests.gateway.fleet import CONFIG, Process
 
 pytestmark = pytest.mark.pipeline
 
@@ -216,8 +216,8 @@ def own_router(tmp_path: Path) -> Iterator[Callable[..., tuple[Process, Net]]]:
     """Routers with settings of their own."""
     started: list[tuple[Process, Net]] = []
 
-    def start(*overrides: str) -> tuple[Process, Net]:
-        process = Process("router", tmp_path, *SETTINGS, *overrides)
+    def start(*overrides: str, settings: tuple[str, ...] = SETTINGS) -> tuple[Process, Net]:
+        process = Process("router", tmp_path, *settings, *overrides)
         process.logged("ready")
         started.append((process, Net(tmp_path)))
         return started[-1]
@@ -1534,3 +1534,21 @@ def test_the_status_counts_tokens_and_times(net: Net) -> None:
     assert sum(timed.reply.counts) == 1
     assert sum(timed.round_trip.counts) >= 1
     assert (status.peers[0].n_steps, status.peers[0].n_step_sessions) == (30, 40)
+
+
+def test_a_reload_changes_limits_at_once(own_router: Callable[..., tuple[Process, Net]], tmp_path: Path) -> None:
+    """The generation that runs goes on, one more is refused; a wrong file changes nothing, a window needs a restart."""
+    process, net = own_router(settings=SETTINGS[:2])
+    verifier, gateway = net.verifier(), net.gateway()
+    gateway.generate(1)
+    verifier.expect(OpenTarget)
+    (tmp_path / CONFIG).write_text("[router]\nmax_sessions = 0\n")
+    process.signal(signal.SIGHUP)
+    assert "router.max_sessions" in process.logged("reload_refused")["reason"]
+    (tmp_path / CONFIG).write_text("[router]\nmax_sessions = 1\nwindow = 3\nexploration = 0.5\n[gateway]\nport = 7\n")
+    process.signal(signal.SIGHUP)
+    line = process.logged("reloaded")
+    assert "router.exploration" in line["changed"]
+    assert line["needs_restart"] == ["router.window"]
+    gateway.generate(2)
+    assert gateway.refused("overloaded").ref == 2
