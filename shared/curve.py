@@ -214,7 +214,7 @@ class AllowList:
             info = (self._directory / AUTHORIZED).stat()
         except OSError:
             return ()
-        return info.st_mtime_ns, info.st_size, info.st_ino
+        return info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_ino
 
 
 class Gatekeeper:
@@ -345,7 +345,7 @@ class Caller:
         self._log = log
         self._loop = loop
         self._next_log = 0.0
-        self._closed = False
+        self._closed = self._reconnecting = False
         self._monitor = _Monitor(sock, self._EVENTS, loop, self._on_event)
 
     def _on_event(self, event: int, _value: int, _endpoint: str) -> None:
@@ -362,11 +362,18 @@ class Caller:
         if (now := time.monotonic()) >= self._next_log:
             self._next_log = now + LOG_EVERY_S
             self._log.error("refused_by_server", link=self._link, endpoint=self._endpoint, reason=reason, remedy=remedy)
-        if event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
+        if not self._reconnecting:
+            self._reconnecting = True
             self._loop.call_later(_RECONNECT_S, self._reconnect)
 
     def _reconnect(self) -> None:
+        """With the keys as they are now: another server may have been authorized meanwhile."""
+        self._reconnecting = False
         if not self._closed:
+            try:
+                self._keys.secure_client(self._socket, self._endpoint)
+            except SettingsError as error:
+                self._log.error("keys_not_reloaded", reason=error.message, remedy=error.remedy)
             with contextlib.suppress(zmq.ZMQError):  # libzmq has forgotten it already
                 self._socket.disconnect(self._endpoint)
             self._socket.connect(self._endpoint)

@@ -9,6 +9,7 @@ Invariant: what is returned is complete and well-formed; what is written replace
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import sys
@@ -271,8 +272,18 @@ def revoke(directory: Path, which: str) -> AuthorizedKey:
 
 @contextmanager
 def _changing(directory: Path) -> Iterator[list[AuthorizedKey]]:
-    keys = load_authorized(directory)
-    yield keys
+    _make_directory(directory)
+    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        keys = load_authorized(directory)
+        yield keys
+        _write(directory / AUTHORIZED, _formatted(keys), 0o644)
+    finally:
+        os.close(lock)
+
+
+def _formatted(keys: Sequence[AuthorizedKey]) -> str:
     lines = ["# Keys that may connect here. Change it with `draftwire keys authorize` and `draftwire keys revoke`;"]
     lines.append("# running services notice.")
     for key in keys:
@@ -281,7 +292,7 @@ def _changing(directory: Path) -> Iterator[list[AuthorizedKey]]:
         lines.append(f'added = "{key.added}"')
         if key.revoked:
             lines.append(f'revoked = "{key.revoked}"')
-    _write(directory / AUTHORIZED, "\n".join(lines) + "\n", 0o644)
+    return "\n".join(lines) + "\n"
 
 
 def _now() -> str:
@@ -306,10 +317,23 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
 
 
+def _make_directory(directory: Path) -> None:
+    """Everybody may enter it, whatever the umask is; one that exists stays as it is."""
+    try:
+        for folder in (*reversed(directory.parents), directory):
+            if not folder.exists():
+                folder.mkdir()
+                folder.chmod(0o755)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot make {directory}: {error.strerror}", "run as root, or choose another directory with --dir"
+        ) from None
+
+
 def _write(path: Path, text: str, mode: int) -> None:
+    _make_directory(path.parent)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as out:

@@ -194,10 +194,10 @@ class Link:
     def _is_known(self, peer: bytes, key: str) -> bool:
         """Whether a message may be read: its sender's key has not been revoked since it connected."""
         assert self._gate is not None
-        if self._peer_keys.get(peer) != key:
-            self._peer_keys[peer] = key
-            while len(self._peer_keys) > _MAX_PEERS:
-                self._peer_keys.popitem(last=False)
+        self._peer_keys[peer] = key
+        self._peer_keys.move_to_end(peer)  # those not heard for longest are forgotten first
+        while len(self._peer_keys) > _MAX_PEERS:
+            self._peer_keys.popitem(last=False)
         if reason := self._gate.allowed.verdict(key, self._domain):
             self._gate.refuse(self._gate.allowed.name(key), reason, self._domain)
             return False
@@ -259,9 +259,23 @@ class BlockingLink:
 
     def __init__(self, service: Service, endpoint: str) -> None:
         """Errors: `SettingsError`, as of `Link.connect`."""
+        self._service = service
+        self._endpoint = endpoint
         self._socket = _new_socket(service.context, zmq.DEALER)
-        service.keys.secure_client(self._socket, endpoint)
+        self._encrypted = service.keys.secure_client(self._socket, endpoint)
         self._socket.connect(endpoint)
+
+    def renew(self) -> bool:
+        """Connect anew if keys are in play: libzmq gives up on a peer that has not let it in. Errors: `SettingsError`.
+
+        What is queued is lost. False where there was nothing to do.
+        """
+        if self._encrypted:
+            with contextlib.suppress(zmq.ZMQError):  # libzmq has forgotten it already
+                self._socket.disconnect(self._endpoint)
+            self._service.keys.secure_client(self._socket, self._endpoint)
+            self._socket.connect(self._endpoint)
+        return self._encrypted
 
     def send(self, message: Message) -> bool:
         """Queue a message; False when the queue is full."""
@@ -372,6 +386,10 @@ class Service(ABC):
 
     def reloaded(self) -> None:  # noqa: B027 (optional)
         """Called after a reload has changed `settings`."""
+
+    def concerns(self, key: str) -> bool:
+        """Whether a setting ("verifier.n_max") means something to this service, so that a reload speaks of it."""
+        return "." not in key or key.partition(".")[0] in ("endpoints", "network", self.name)
 
     def status_line(self) -> str:
         """What `systemctl status` shows."""
@@ -500,28 +518,30 @@ class Service(ABC):
 
     def _reload(self) -> None:
         """On SIGHUP: read the configuration again; what can change while running does."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={monotonic_us()}")
+        told = self._ready and not self.draining  # else READY=1 would say what is not so
+        if told:
+            notify(f"RELOADING=1\nMONOTONIC_USEC={monotonic_us()}")
+        try:
+            self._take_settings()
+        except BaseException as error:
+            self.fail(error)
+            raise
+        finally:
+            if told:
+                notify("READY=1")
+
+    def _take_settings(self) -> None:
         try:
             fresh = self.read_settings()
         except DraftwireError as error:
             self.log.error("reload_refused", reason=error.message, remedy=error.remedy)
         else:
-            own = ("endpoints", "network", self.name)
-            changed = {
-                key: live
-                for key, live in changed_keys(self.settings, fresh).items()
-                if "." not in key or key.startswith(tuple(f"{name}." for name in own))
-            }
+            changed = {k: live for k, live in changed_keys(self.settings, fresh).items() if self.concerns(k)}
             self.settings = with_live(self.settings, fresh)
             logs.set_level(self.settings.log_level)
-            try:
-                self.reloaded()
-            except BaseException as error:
-                self.fail(error)
-                raise
+            self.reloaded()
             waiting = [key for key, live in changed.items() if not live]
             self.log.info("reloaded", changed=[key for key, live in changed.items() if live], needs_restart=waiting)
-        notify("READY=1")
 
     async def _started_before(self, stopping: asyncio.Event) -> bool:
         """Start; False when the service is asked to stop before it is ready."""

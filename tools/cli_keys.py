@@ -25,8 +25,8 @@ def keys() -> None:
 
     Sockets that leave a host are encrypted and authenticated (CURVE). Each host has one key; a host where something
     listens (the router, for draft workers elsewhere) has a list of the keys that may connect, each with its roles; a
-    host that connects knows the other's key as "server". Changes of the list take effect within a second, also for
-    who is connected; a new key of this host needs a restart of its services.
+    host that connects knows the other's key as "server". Changes of the list take effect within a second where
+    something listens, also for who is connected; a new key of this host needs a restart of its services.
 
     \b
     draft      a draft worker: may connect to endpoints.drafts

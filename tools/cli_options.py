@@ -77,10 +77,21 @@ def all_overrides(overrides: list[str] | None, run_dir: Path | None) -> list[str
 
 
 def config_path(config: Path | None) -> Path | None:
-    """The configuration file: the one given, else the host's; None where there is none."""
+    """The configuration file: the one given, else the host's; None where there is none. Errors: `SettingsError`."""
+    from shared.errors import SettingsError
     from shared.settings import CONFIG_PATH
 
-    return CONFIG_PATH if config is None and CONFIG_PATH.exists() else config
+    if config is not None:
+        return config
+    try:
+        CONFIG_PATH.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SettingsError(
+            f"cannot read this host's configuration {CONFIG_PATH}: {error.strerror}", "use sudo, or give --config FILE"
+        ) from None
+    return CONFIG_PATH
 
 
 def settings_of(config: Path | None, overrides: list[str] | None, run_dir: Path | None) -> Settings:

@@ -183,7 +183,7 @@ def uninstall(
         units.deactivate(sorted(units.enabled_units(root)))
     for change in chosen:
         change.apply()
-        if change.path.parent.name.endswith(".d") and not any(change.path.parent.iterdir()):
+        if change.path.parent.match("systemd/system/*.d") and not any(change.path.parent.iterdir()):
             change.path.parent.rmdir()
     _report(changes, chosen)
     if purge:

@@ -444,7 +444,7 @@ def make_user(user: str, config: Path) -> None:
         pwd.getpwnam(user)
     except KeyError:
         call("systemd-sysusers", f"/{SYSUSERS}")
-    if config.parent.stat().st_gid == 0:
+    if config.parent == CONFIG_PATH.parent and config.parent.stat().st_gid == 0:
         os.chown(config.parent, -1, pwd.getpwnam(user).pw_gid)
 
 

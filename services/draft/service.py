@@ -82,6 +82,9 @@ class DraftService(Service):
         self.log.warning("sessions_dropped", reason=reason)
         self._mailbox.put(_FORGET, force=True)
 
+    def concerns(self, key: str) -> bool:
+        return key.startswith(f"draft.{self.instance}.") if key.startswith("draft.") else super().concerns(key)
+
     def held(self) -> dict[str, int]:
         return {} if self._worker is None else {"sessions": self._worker.n_sessions}
 

@@ -115,6 +115,7 @@ class GatewayService(Service):
         self._exchanges: dict[int, Exchange] = {}
         """Generations that the router works on, by their number on the wire."""
         self._statuses: dict[int, asyncio.Future[Status]] = {}
+        self._status: asyncio.Task[Status | None] | None = None
         self._n_admitted = 0
         self._counters = Counters()
         self._address_file: Path | None = None
@@ -311,8 +312,14 @@ class GatewayService(Service):
             exchange.outcome = transcript.outcome
 
     async def _router_status(self) -> Status | None:
+        """One question at a time, whose answer is for all that wait: those who want it need no key."""
         if not self.router.connected:
             return None
+        if self._status is None or self._status.done():
+            self._status = self.loop.create_task(self._ask_for_status())
+        return await asyncio.shield(self._status)
+
+    async def _ask_for_status(self) -> Status | None:
         ref = next(self._requests)
         answer: asyncio.Future[Status] = self.loop.create_future()
         self._statuses[ref] = answer

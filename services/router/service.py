@@ -142,6 +142,10 @@ class RouterService(Service):
     def idle(self) -> bool:
         return not self._sessions
 
+    def concerns(self, key: str) -> bool:
+        # Of draft workers their names: what they load is their own business.
+        return super().concerns(key) or (key.startswith("draft.") and key.count(".") == 1)
+
     def reloaded(self) -> None:
         self._policy.explore = self.settings.router.exploration
         self._workers.back_off(self.settings.router.demotion_s)

@@ -172,6 +172,9 @@ class TokenizerService(Service):
             fingerprint=self._vocabulary.fingerprint,
         )
 
+    def concerns(self, key: str) -> bool:
+        return super().concerns(key) or key.startswith("verifier.engine.")
+
     def idle(self) -> bool:
         return self._n_waiting == 0
 

@@ -37,6 +37,8 @@ from shared.speculation.target_session import TargetSession
 
 _RETRY_MS = 1000
 _MAX_RESYNCS = 3
+_RENEW_AFTER = 10
+"""Silences in a row after which the connection is made anew: long enough for a slow sampler to answer."""
 
 
 class Stopped(Exception):
@@ -147,7 +149,7 @@ class SamplerClient:
         trace.mark("verifier.asked")
         asked = {verify.step}
         deadline = time.monotonic() + _RETRY_MS / 1000
-        resyncs = 0
+        resyncs = n_silent = 0
         while True:
             try:
                 message = self._link.receive(100)
@@ -184,6 +186,9 @@ class SamplerClient:
                     raise StepRefused(everyone, message)
             elif message is None and time.monotonic() > deadline:
                 self._log.warning("sampler_silent", step=verify.step)
+                n_silent += 1
+                if n_silent % _RENEW_AFTER == 0 and self._link.renew():
+                    self._log.warning("sampler_connected_anew", remedy="does it let this host's key in? see its log")
                 verify = self._again(verify, asked)
                 deadline = time.monotonic() + _RETRY_MS / 1000
 

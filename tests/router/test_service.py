@@ -1545,10 +1545,12 @@ def test_a_reload_changes_limits_at_once(own_router: Callable[..., tuple[Process
     (tmp_path / CONFIG).write_text("[router]\nmax_sessions = 0\n")
     process.signal(signal.SIGHUP)
     assert "router.max_sessions" in process.logged("reload_refused")["reason"]
-    (tmp_path / CONFIG).write_text("[router]\nmax_sessions = 1\nwindow = 3\nexploration = 0.5\n[gateway]\nport = 7\n")
+    (tmp_path / CONFIG).write_text(
+        "[router]\nmax_sessions = 1\nwindow = 3\nexploration = 0.5\n[gateway]\nport = 7\n[draft.fresh]\nq_top_k = 3\n"
+    )
     process.signal(signal.SIGHUP)
     line = process.logged("reloaded")
-    assert "router.exploration" in line["changed"]
+    assert {"router.exploration", "draft.fresh"} <= set(line["changed"])
     assert line["needs_restart"] == ["router.window"]
     gateway.generate(2)
     assert gateway.refused("overloaded").ref == 2

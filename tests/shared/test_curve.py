@@ -245,3 +245,49 @@ def test_the_list_follows_its_file(tmp_path: Path) -> None:
     allowed.look()
     assert allowed.verdict(guest, "drafts") == "revoked key"
     assert not allowed.may_be(guest, "draft")
+
+
+def test_a_list_that_is_mended_by_its_mode_alone_is_read(tmp_path: Path) -> None:
+    """What it says while others can write to it does not count; once they cannot, it does."""
+    guest = new_host_key("guest").public
+    authorize(tmp_path, "guest", guest, ["draft"])
+    allowed = AllowList(tmp_path, new_host_key("own").public)
+    revoke(tmp_path, "guest")
+    (tmp_path / AUTHORIZED).chmod(0o666)
+    allowed.look()
+    assert allowed.verdict(guest, "drafts") == ""
+    (tmp_path / AUTHORIZED).chmod(0o644)
+    allowed.look()
+    assert allowed.verdict(guest, "drafts") == "revoked key"
+
+
+def test_a_server_s_new_key_is_taken_without_a_restart(router: Router, host: HostKey, tmp_path: Path) -> None:
+    """A draft worker that expected another server gets in when the right one is authorized on its host."""
+    guest = new_host_key("guest")
+    mine = tmp_path / "guest"
+    write_host_key(mine, guest)
+    authorize(mine, "wrong", new_host_key("wrong").public, ["server"])
+    authorize(router.keys, "guest", guest.public, ["draft"])
+    log = (tmp_path / "worker.log").open("w+")
+    worker = subprocess.Popen(
+        [
+            *(sys.executable, "-c", "from tools.cli import main; main()", "service", "draft", "--instance", "far"),
+            *("--set", f"run_dir={json.dumps(str(tmp_path / 'elsewhere'))}", "--set", "draft.far.drafter=ngram"),
+            *("--set", f"network.keys={json.dumps(str(mine))}"),
+            *("--set", f"endpoints.drafts=tcp://127.0.0.1:{router.port}"),
+        ],
+        stdout=log,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("DRAFTWIRE_", "JOURNAL_", "NOTIFY_"))},
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while "refused_by_server" not in Path(log.name).read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        revoke(mine, "wrong")
+        authorize(mine, "target", host.public, ["server"])
+        assert router.logged("peer_joined")["peer"] == "far"
+    finally:
+        worker.kill()
+        worker.wait()
+        log.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -179,3 +180,11 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(SettingsError, match=r"cannot write .*run as root"):
         write_host_key(tmp_path, new_host_key("a"))
+
+
+def test_no_change_is_lost_to_another_at_the_same_time(tmp_path: Path) -> None:
+    """Whoever changes the list waits for whoever does so at that moment."""
+    keys = {f"host{n}": new_host_key("x").public for n in range(16)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda item: authorize(tmp_path, item[0], item[1], ["draft"]), keys.items()))
+    assert {key.name: key.public for key in load_authorized(tmp_path)} == keys

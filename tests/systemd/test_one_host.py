@@ -5,7 +5,11 @@ Greedy decoding of a NumPy target, so that every text can be compared with plain
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +38,12 @@ threads = 1
 n_ctx = 512
 """
 DRAFT = "draftwire-draft@model.service"
+GATEWAY = "draftwire-gateway.service"
+FIELD_PIPELINES = (
+    r'(?<=draft_n\\":)[0-9]+.*n_accepted\\":[0-9]+',
+    r'(?<=predicted_per_second\\":)[0-9.]+',
+)
+"""What scripts of llama.cpp's users grep a log for: proposed and accepted, and tokens/s."""
 UNITS = [*(f"draftwire-{name}.service" for name in SERVICES), DRAFT]
 
 
@@ -287,6 +297,70 @@ def test_units_made_from_other_settings_say_so(other_settings: Host) -> None:
     until(lambda: serves(host), "the gateway to serve")
     host.write(CONFIG, SETTINGS)
     host.draftwire("units", "install")
+
+
+def test_the_journal_tells_what_speculation_gained(ready: Host, tmp_path: Path) -> None:
+    """Report and plot from journald's own entries, the pipelines of the field, and fields to select by, agree."""
+    host = ready
+    drafted = [complete(host) for _ in range(3)]
+    finals = [completion.final["timings"] for completion in drafted]
+    session = drafted[-1].final["draftwire"]["session"]
+    until(
+        lambda: any(e["event"] == "request_done" and e["session"] == session for e in host.events(GATEWAY)),
+        "the last request to be logged",
+    )
+    entries = [
+        json.loads(line)
+        for line in host.run(
+            "journalctl", f"SESSION={session}", "EVENT=request_done", "--output=json"
+        ).stdout.splitlines()
+    ]
+    assert [(e["SYSLOG_IDENTIFIER"], e["PRIORITY"], e["WORKER"]) for e in entries] == [
+        ("draftwire-gateway", "6", "model")
+    ]
+    assert entries[0]["_SYSTEMD_UNIT"] == GATEWAY
+
+    report = json.loads(host.draftwire("journal", "report", "--json").stdout)
+    proposed, accepted, speeds = [], [], []
+    for found in (
+        host.run("sh", "-c", f"journalctl -u draftwire-gateway -o cat | grep -Po '{pattern}'").stdout.splitlines()
+        for pattern in FIELD_PIPELINES
+    ):
+        if "n_accepted" in found[0]:
+            proposed = [int(line.partition(",")[0]) for line in found]
+            accepted = [int(line.rpartition(":")[2]) for line in found]
+        else:
+            speeds = [float(line) for line in found]
+    configurations = report["configurations"]
+    assert sum(c["draft_n"] for c in configurations) == sum(proposed) > 0
+    assert sum(c["draft_n_accepted"] for c in configurations) == sum(accepted) > 0
+    of_speed = [c["tokens_per_second"] for c in configurations if c["tokens_per_second"]["n"]]
+    positive = [speed for speed in speeds if speed > 0]
+    assert sum(c["n"] for c in of_speed) == len(positive)
+    assert sum(c["n"] * c["mean"] for c in of_speed) == pytest.approx(sum(positive), rel=1e-6)
+    assert {timing["predicted_per_second"] for timing in finals} <= set(speeds)
+
+    assert "accepted" in host.draftwire("journal", "plot").stdout
+    export = tmp_path / "export.jsonl"
+    export.write_text(host.run("journalctl", "-u", "draftwire-gateway", "--output=json", "--all").stdout)
+    subprocess.run(
+        [sys.executable, "-m", "tools.cli", "journal", "plot", "--file", str(export), "-o", str(tmp_path / "plot")],
+        check=True,
+        capture_output=True,
+    )
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "plot.svg").read_text()
+
+
+def test_status_sees_all_services(ready: Host) -> None:
+    """As an administrator, from the host's own configuration: exit status 0, 1 with a worker stopped, 0 again."""
+    assert ready.draftwire("status").stdout.startswith("ok")
+    ready.systemctl("stop", DRAFT)
+    degraded = ready.draftwire("status", check=False)
+    assert degraded.returncode == 1
+    assert "model" in degraded.stdout.splitlines()[0]
+    ready.systemctl("start", DRAFT)
+    until(lambda: ready.draftwire("status", check=False).returncode == 0, "the worker to be seen again")
 
 
 def test_units_verify_and_are_confined(host: Host, figures: list[str]) -> None:

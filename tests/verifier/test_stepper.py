@@ -155,6 +155,9 @@ class DirectLink:
         self._restart = sampler._clients.clear
         sampler._link = Mock(send=lambda message, _peer: self._answers.append(message) or True)
 
+    def renew(self) -> bool:
+        return False  # no keys
+
     def send(self, message: Message) -> bool:
         if self.silent:
             self.silent -= 1
