@@ -9,7 +9,6 @@ for passwords that people choose and would cost every request its time.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -25,6 +24,7 @@ from typing import Annotated, Any, Final, get_args, get_type_hints
 
 from shared.errors import SettingsError
 from shared.fields import Range
+from shared.files import replace_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -226,14 +226,14 @@ def changed_keys(path: Path) -> Iterator[dict[str, ApiKey]]:
         yield keys
         if len(keys) > MAX_KEYS:
             raise SettingsError(f"{path} would have {len(keys)} keys", f"at most {MAX_KEYS}; revoke some")
-        _replace(path, format_keys(keys).encode(), directory)
+        _replace(path, format_keys(keys), directory)
     except OSError as error:
         raise SettingsError(f"cannot write {path}: {error.strerror}", "do you need sudo?") from None
     finally:
         os.close(directory)
 
 
-def _replace(path: Path, data: bytes, directory: int) -> None:
+def _replace(path: Path, text: str, directory: int) -> None:
     """Write a file as a whole, for its owner alone; a group that may read it keeps that right.
 
     A new file that root makes is for the group of its directory to read: that of the gateway, in /etc/draftwire.
@@ -243,19 +243,4 @@ def _replace(path: Path, data: bytes, directory: int) -> None:
         owner, group, mode = before.st_uid, before.st_gid, 0o600 | before.st_mode & 0o040
     except FileNotFoundError:
         owner, group, mode = os.geteuid(), os.fstat(directory).st_gid, 0o640 if os.geteuid() == 0 else 0o600
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            with contextlib.suppress(PermissionError):
-                os.fchown(descriptor, owner if os.geteuid() == 0 else -1, group)
-            os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-        fresh.replace(path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            fresh.unlink()
-        raise
-    os.fsync(directory)
+    replace_file(path, text, mode, (owner if os.geteuid() == 0 else -1, group))

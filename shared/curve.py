@@ -35,7 +35,7 @@ from shared.keys import (
     to_z85,
 )
 from shared.logs import Logger
-from shared.refusals import Refusals
+from shared.refusals import MAX_SOURCES, REFUSALS_EVERY_S, Refusals
 from shared.settings import Settings, is_loopback
 
 ADMITTED: dict[str, frozenset[KeyRole]] = {
@@ -47,8 +47,6 @@ ADMITTED: dict[str, frozenset[KeyRole]] = {
 """Who may connect to a socket, by its name among the endpoints."""
 
 HANDSHAKE_MS = 10_000
-LOG_EVERY_S = 60.0
-_MAX_SOURCES = 1024
 _LOOK_EVERY_S = 1.0
 _ZAP = "inproc://zeromq.zap.01"
 _RECONNECT_S = 1.0
@@ -301,7 +299,7 @@ class Door:
     def _on_event(self, event: int, value: int, _endpoint: str) -> None:
         if event == zmq.EVENT_ACCEPTED:
             self._sources[value] = _peer_address(value)
-            while len(self._sources) > _MAX_SOURCES:
+            while len(self._sources) > MAX_SOURCES:
                 self._sources.popitem(last=False)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             self._failed = "it does not speak CURVE"
@@ -360,7 +358,7 @@ class Caller:
             reason = "it does not prove to have the key that is authorized here as server, or has no keys"
             remedy = "compare `draftwire keys host` there with `draftwire keys list` here"
         if (now := time.monotonic()) >= self._next_log:
-            self._next_log = now + LOG_EVERY_S
+            self._next_log = now + REFUSALS_EVERY_S
             self._log.error("refused_by_server", link=self._link, endpoint=self._endpoint, reason=reason, remedy=remedy)
         if not self._reconnecting:
             self._reconnecting = True

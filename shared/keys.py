@@ -24,6 +24,7 @@ import zmq
 from zmq.utils import z85
 
 from shared.errors import SettingsError
+from shared.files import make_directory, replace_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,8 +94,11 @@ def write_host_key(directory: Path, key: HostKey) -> Path:
         "# The key of this host. Keep it secret: who has it is this host for all others.\n"
         f'name = "{key.name}"\npublic = "{key.public}"\nsecret = "{key.secret}"\n'
     )
-    _write(directory / HOST_KEY, text, 0o600)
-    return directory / HOST_KEY
+    path = directory / HOST_KEY
+    with _explained(path):
+        make_directory(directory)
+        replace_file(path, text, 0o600)
+    return path
 
 
 def host_key_path(directory: Path) -> Path | None:
@@ -272,13 +276,16 @@ def revoke(directory: Path, which: str) -> AuthorizedKey:
 
 @contextmanager
 def _changing(directory: Path) -> Iterator[list[AuthorizedKey]]:
-    _make_directory(directory)
-    lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    path = directory / AUTHORIZED
+    with _explained(path):
+        make_directory(directory)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         keys = load_authorized(directory)
         yield keys
-        _write(directory / AUTHORIZED, _formatted(keys), 0o644)
+        with _explained(path):
+            replace_file(path, _formatted(keys), 0o644)
     finally:
         os.close(lock)
 
@@ -317,34 +324,10 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
         raise SettingsError(f"{path} is not valid TOML: {error}") from None
 
 
-def _make_directory(directory: Path) -> None:
-    """Everybody may enter it, whatever the umask is; one that exists stays as it is."""
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        for folder in (*reversed(directory.parents), directory):
-            if not folder.exists():
-                folder.mkdir()
-                folder.chmod(0o755)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot make {directory}: {error.strerror}", "run as root, or choose another directory with --dir"
-        ) from None
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    _make_directory(path.parent)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as out:
-                os.fchmod(out.fileno(), mode)
-                out.write(text)
-                out.flush()
-                os.fsync(out.fileno())
-            fresh.replace(path)
-        except BaseException:
-            fresh.unlink(missing_ok=True)
-            raise
+        yield
     except OSError as error:
         raise SettingsError(
             f"cannot write {path}: {error.strerror}", "run as root, or choose another directory with --dir"

@@ -386,19 +386,10 @@ def is_loopback(endpoint: str) -> bool:
     if not endpoint.startswith("tcp://"):
         return True
     host = endpoint[len("tcp://") :].rpartition(":")[0]
-    return is_loopback_host(host)
-
-
-def is_loopback_host(host: str) -> bool:
-    """Whether a host name or address is surely this host's loopback; a name that merely resolves to it is not."""
-    return host == "localhost" or _is_loopback_address(host.strip("[]"))
-
-
-def _is_loopback_address(host: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return False
+        return False  # a name that may resolve to anything
 
 
 # --- Reloading --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Literal
 
 from shared.engine.interface import EngineSettings
 from shared.errors import DraftwireError, SettingsError
+from shared.files import make_directory, replace_file
 from shared.settings import CONFIG_PATH, Settings, load_settings
 
 SYSTEM = "etc/systemd/system"
@@ -336,18 +337,7 @@ def _read(path: Path) -> str | None:
 def _write(path: Path, text: str) -> None:
     """Whole or not at all, and readable by everybody, as systemd wants units to be."""
     make_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, "utf-8")
-    temporary.chmod(0o644)
-    temporary.replace(path)
-
-
-def make_directory(path: Path) -> None:
-    """A directory that everybody may enter, whatever the umask is; one that exists stays as it is."""
-    for folder in (*reversed(path.parents), path):
-        if not folder.exists():
-            folder.mkdir()
-            folder.chmod(0o755)
+    replace_file(path, text, 0o644)
 
 
 def write_example_config(root: Path, config: Path) -> bool:

@@ -7,11 +7,11 @@ orders, and never keeps the router from starting.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from shared.files import replace_file
 from shared.messages import Order
 
 FILE = "orders.json"
@@ -92,15 +92,10 @@ class Orders:
         return self._save()
 
     def _save(self) -> str:
-        fresh = self._path.with_suffix(f".{os.getpid()}")
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with fresh.open("w", encoding="utf-8") as file:
-                json.dump({"version": _VERSION, "orders": self._orders}, file)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
+            text = json.dumps({"version": _VERSION, "orders": self._orders})
+            replace_file(self._path, f"{text}\n", 0o600)
         except (OSError, UnicodeError) as error:
             return f"cannot write {self._path}: {getattr(error, 'strerror', None) or error}"
         return ""

@@ -408,7 +408,7 @@ class RouterService(Service):
             self._tally.n_failed += 1
             self._forget(session)
             raise RequestError("the verifier takes no more messages", "try again", "overloaded")
-        self.log.debug("session_opened", session=f"{session.id:016x}", n_prompt=n_prompt)
+        self.log.debug("session_opened", session=session.id, n_prompt=n_prompt)
         return session
 
     def _check_draft(self, wanted: str) -> None:
@@ -587,7 +587,7 @@ class RouterService(Service):
             previous = self._workers[session.draft.hello.instance]
             self.log.info(
                 "draft_moved",
-                session=f"{session.id:016x}",
+                session=session.id,
                 worker=choice.instance,
                 previous=previous.name,
                 why=choice.why,

@@ -173,7 +173,7 @@ class SamplerClient:
                     raise StepRefused(lost, Error(verify.step, "sampler_lost_session", "the sampler loses sessions"))
                 for session, item in zip(sessions, message.items, strict=True):
                     if item.resync:
-                        self._log.info("sampler_resync", session=f"{session.id:016x}")
+                        self._log.info("sampler_resync", session=session.id)
                         self.open(session)
                 verify = self._again(verify, asked)
             elif isinstance(message, Error):

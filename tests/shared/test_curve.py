@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from shared import wire
 from shared.curve import AllowList
 from shared.keys import AUTHORIZED, HostKey, authorize, load_host_key, new_host_key, revoke, to_z85, write_host_key
 from shared.messages import GetStatus, Hello, Message, Pong, Welcome
+from tests.gateway.fleet import Process
 
 PATIENCE_S = 30.0
 SILENCE_MS = 700
@@ -31,46 +27,27 @@ NOT_HERE = "drafts: not allowed at this socket"
 pytestmark = pytest.mark.pipeline
 
 
-class Router:
-    """A router process on a TCP port with keys; draft workers connect to `drafts`."""
+class Router(Process):
+    """A router process on TCP ports with keys; draft workers connect to `port`, others to `local_port`."""
 
-    def __init__(self, directory: Path, *overrides: str) -> None:
+    def __init__(self, directory: Path) -> None:
         self.keys = directory / "keys"
         with socket.socket() as probe, socket.socket() as other:
             for sock in (probe, other):
                 sock.bind(("127.0.0.1", 0))
             self.port, self.local_port = probe.getsockname()[1], other.getsockname()[1]
-        self.log = (directory / "router.log").open("w+")
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-c", "from tools.cli import main; main()", "service", "router"),
-                *("--set", f"run_dir={json.dumps(str(directory / 'run'))}", "--set", "router.heartbeat_ms=100"),
-                *("--set", f"network.keys={json.dumps(str(self.keys))}"),
-                *("--set", f"endpoints.drafts=tcp://127.0.0.1:{self.port}"),
-                *("--set", f"endpoints.router=tcp://127.0.0.1:{self.local_port}"),
-                *(part for override in overrides for part in ("--set", override)),
-            ],
-            stdout=self.log,
-            env={k: v for k, v in os.environ.items() if not k.startswith(("DRAFTWIRE_", "JOURNAL_", "NOTIFY_"))},
+        super().__init__(
+            "router",
+            directory / "run",
+            "router.heartbeat_ms=100",
+            f"network.keys={json.dumps(str(self.keys))}",
+            f"endpoints.drafts=tcp://127.0.0.1:{self.port}",
+            f"endpoints.router=tcp://127.0.0.1:{self.local_port}",
         )
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        text = Path(self.log.name).read_text()
-        return [e for e in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if e["event"] == name]
-
-    def logged(self, name: str, n: int = 1) -> dict[str, Any]:
-        """The n-th event of a name, waited for."""
-        for _ in range(int(PATIENCE_S / 0.02)):
-            if len(found := self.events(name)) >= n:
-                return found[n - 1]
-            assert self.process.poll() is None, Path(self.log.name).read_text()
-            time.sleep(0.02)
-        raise AssertionError(f"no {name} in {Path(self.log.name).read_text()}")
-
-    def close(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
+        """Those that were logged so far."""
+        return [event for event in map(json.loads, self.log_text.splitlines()) if event["event"] == name]
 
 
 class Caller:
@@ -112,7 +89,7 @@ def router(tmp_path: Path, host: HostKey) -> Iterator[Router]:
     running = Router(tmp_path)
     running.logged("ready")
     yield running
-    running.close()
+    running.stop()
 
 
 @pytest.fixture
@@ -157,9 +134,9 @@ def test_a_revoked_key_gets_nothing_more(router: Router, host: HostKey, callers:
     callers.append(first := Caller(router.port, guest, host.public))
     first.hello()
     assert isinstance(first.receive(), Welcome)
-    n_reloads = len(router.events("keys_reloaded"))
+    n_lines = router.n_lines
     revoke(router.keys, "guest")
-    router.logged("keys_reloaded", n_reloads + 1)
+    router.logged("keys_reloaded", n_lines)
     while (message := first.receive(0)) is not None:  # what was on its way
         first.send(Pong(getattr(message, "sent_ns", 0)))
     first.hello()
@@ -268,26 +245,18 @@ def test_a_server_s_new_key_is_taken_without_a_restart(router: Router, host: Hos
     write_host_key(mine, guest)
     authorize(mine, "wrong", new_host_key("wrong").public, ["server"])
     authorize(router.keys, "guest", guest.public, ["draft"])
-    log = (tmp_path / "worker.log").open("w+")
-    worker = subprocess.Popen(
-        [
-            *(sys.executable, "-c", "from tools.cli import main; main()", "service", "draft", "--instance", "far"),
-            *("--set", f"run_dir={json.dumps(str(tmp_path / 'elsewhere'))}", "--set", "draft.far.drafter=ngram"),
-            *("--set", f"network.keys={json.dumps(str(mine))}"),
-            *("--set", f"endpoints.drafts=tcp://127.0.0.1:{router.port}"),
-        ],
-        stdout=log,
-        env={k: v for k, v in os.environ.items() if not k.startswith(("DRAFTWIRE_", "JOURNAL_", "NOTIFY_"))},
+    worker = Process(
+        "draft",
+        tmp_path / "elsewhere",
+        "draft={}",
+        "draft.far.drafter=ngram",
+        f"network.keys={json.dumps(str(mine))}",
+        f"endpoints.drafts=tcp://127.0.0.1:{router.port}",
     )
     try:
-        deadline = time.monotonic() + PATIENCE_S
-        while "refused_by_server" not in Path(log.name).read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        worker.logged("refused_by_server")
         revoke(mine, "wrong")
         authorize(mine, "target", host.public, ["server"])
         assert router.logged("peer_joined")["peer"] == "far"
     finally:
-        worker.kill()
-        worker.wait()
-        log.close()
+        worker.stop()
